@@ -3,6 +3,7 @@
     python -m benchmarks.step                                       # the demonstration: composite beside plain BERT
     python -m benchmarks.step --configs=configs/composite.py:small,configs/composite.py:small@model.kernel=plain \
         --batch=1024 --length=128 --vocabulary=30004
+    python -m benchmarks.step --profile=traces --steps=3            # where the device time goes, kernel by kernel
 
 Variants take turns, so that a machine that slows down slows all of them; compare by ratio within one call. The rows
 are random token ids in full rows: every slot counts as a token.
@@ -10,13 +11,18 @@ are random token ids in full rows: every slot counts as a token.
 
 import argparse
 import json
+import os
+import pathlib
+import re
 import statistics
 import time
 from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import numpy as np
 
+from benchmarks import kernel_times
 from benchmarks.settings import configured
 from convattn_jax import optim, train
 from convattn_jax.config import from_config
@@ -29,8 +35,15 @@ from convattn_jax.objective import MaskedLanguageModelling
 SPECIAL = 5  # ids 0 to 4: padding, unknown, [CLS], [SEP], [MASK]
 
 
-def stepper(spec: str, assignments: list[str], batch: int, length: int, vocabulary: int) -> Callable[[int], None]:
-    """A function that runs some steps of a configuration and waits for the last."""
+class Stepper(NamedTuple):
+    """A training step that is compiled and has its state."""
+
+    run: Callable[[int], None]  # some steps, and waits for the last
+    program: Callable[[], str]  # XLA's text of the compiled step
+
+
+def stepper(spec: str, assignments: list[str], batch: int, length: int, vocabulary: int) -> Stepper:
+    """The training step of a configuration."""
     file, *own = spec.split("@")
     config = configured(file, [*assignments, *own])
     special = np.arange(vocabulary) < SPECIAL
@@ -51,15 +64,31 @@ def stepper(spec: str, assignments: list[str], batch: int, length: int, vocabula
     rows[:, :, 0], rows[:, :, length // 2], rows[:, :, -1] = 2, 3, 3
     batches = [jax.device_put(part) for part in rows]
     state = start(jax.random.key(0))
+    compiled = step.lower(state, batches[0]).compile()
 
     def run(steps: int) -> None:
         nonlocal state
         sums = None
         for i in range(steps):
-            state, sums = step(state, batches[i % len(batches)])
+            state, sums = compiled(state, batches[i % len(batches)])
         jax.block_until_ready(sums)
 
-    return run
+    return Stepper(run, lambda: compiled.as_text() or "")
+
+
+def profile(runs: dict[str, Stepper], folder: pathlib.Path, steps: int) -> None:
+    """Traces some steps of each and prints where the device time goes."""
+    options = jax.profiler.ProfileOptions()
+    options.python_tracer_level = 0
+    for spec, step in runs.items():
+        step.run(2)
+        inside = folder / re.sub(r"[^\w.=]+", "-", spec)
+        inside.mkdir(parents=True, exist_ok=True)
+        with jax.profiler.trace(str(inside), profiler_options=options):
+            step.run(steps)
+        (inside / "program.txt").write_text(step.program())
+        (inside / "steps.txt").write_text(str(steps))
+        print(f"\n{spec}: {inside}\n{kernel_times.analyse(inside)}", flush=True)
 
 
 def main() -> None:
@@ -74,19 +103,27 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=5, help="steps per turn")
     parser.add_argument("--turns", type=int, default=5, help="turns of each configuration")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="e.g. model.dtype=float32")
+    parser.add_argument(
+        "--profile", type=pathlib.Path, metavar="DIR", help="trace --steps steps of each, and stop there"
+    )
     parser.add_argument("--json", help="a file for the figures as JSON lines")
     args = parser.parse_args()
+    if args.profile:  # kernels inside of a CUDA graph don't say which operation they belong to
+        os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_gpu_enable_command_buffer="
 
     runs, compile_seconds, seconds = {}, {}, {}
     for spec in args.configs.split(","):
         began = time.perf_counter()
         runs[spec] = stepper(spec, args.set, args.batch, args.length, args.vocabulary)
-        runs[spec](1)
+        runs[spec].run(1)
         compile_seconds[spec], seconds[spec] = time.perf_counter() - began, []
+    if args.profile:
+        profile(runs, args.profile, args.steps)
+        return
     for _ in range(args.turns):
-        for spec, run in runs.items():
+        for spec, step in runs.items():
             began = time.perf_counter()
-            run(args.steps)
+            step.run(args.steps)
             seconds[spec].append((time.perf_counter() - began) / args.steps)
 
     device = jax.devices()[0].device_kind
