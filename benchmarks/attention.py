@@ -88,7 +88,7 @@ def kernel(problem: Problem, rate: float = 0.0, taps: tuple[str, ...] = QUERY_SI
     """The fused kernel; `padded` masks an eighth of every row."""
     import jax.numpy as jnp
 
-    from convattn_jax.kernels import composite_attention
+    from convattn_jax.kernels.composite import composite_attention
 
     seed = jnp.array([1, 2], jnp.uint32) if rate else None
     segments = None
@@ -339,7 +339,7 @@ def check(problem: Problem, dtype: str, taps: tuple[str, ...]) -> dict[str, Any]
     import jax
     import numpy as np
 
-    from convattn_jax.kernels import composite_attention
+    from convattn_jax.kernels.composite import composite_attention
 
     x = draw(problem, dtype)
     args = (x["q"], x["k"], x["v"]), {name: x[name] for name in taps}, x["g"]
@@ -379,7 +379,7 @@ def memory(lengths: tuple[int, ...] = (512, 1024, 2048, 4096, 8192, 16384)) -> l
     """Bytes that forward and backward hold beyond their arguments and results, as the compiler plans them."""
     import jax
 
-    from convattn_jax.kernels import composite_attention
+    from convattn_jax.kernels.composite import composite_attention
 
     records = []
     for length in lengths:

@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 
 from convattn_jax.config import UserError
-from convattn_jax.kernels import Call, composite_attention, implementation, supports
+from convattn_jax.kernels import Call, implementation, supports
 from convattn_jax.kernels.blocks import Blocks, Tile, choose
+from convattn_jax.kernels.composite import composite_attention
 from convattn_jax.model.dropout import keep_pairs
 
 B, H = 2, 2

@@ -1,6 +1,9 @@
-"""Fused kernels, and the table that chooses between them and the plain form."""
+"""Fused kernels, and the table that chooses between them and the plain form.
+
+A kernel's own module is imported by whoever calls it: `composite` for NVIDIA GPUs.
+"""
 
 from convattn_jax.kernels.choice import Call, default_platform, implementation
-from convattn_jax.kernels.composite import composite_attention, supports
+from convattn_jax.kernels.inputs import supports
 
-__all__ = ["Call", "composite_attention", "default_platform", "implementation", "supports"]
+__all__ = ["Call", "default_platform", "implementation", "supports"]

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import jax
 
 from convattn_jax.config import UserError
-from convattn_jax.kernels.composite import supports
+from convattn_jax.kernels.inputs import supports
 
 log = logging.getLogger(__name__)
 

@@ -10,31 +10,15 @@ import functools
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import Array
 from jaxtyping import Float, Int, UInt32
 
 from convattn_jax.kernels import backward as backward_pass
 from convattn_jax.kernels import blocks as block_table
 from convattn_jax.kernels import forward as forward_pass
+from convattn_jax.kernels import inputs
 from convattn_jax.kernels.forward import Operands
 from convattn_jax.kernels.tile import Band, Spec
-from convattn_jax.model import dropout
-
-NO_KEY, NO_QUERY = -1, -2  # segments that meet no other
-
-
-def supports(length: int, keys: int, head_size: int, dtype) -> str | None:
-    """Why the kernel can't take a shape; None when it can."""
-    if keys != length:
-        return f"queries and keys differ in number ({length}, {keys})"
-    if head_size % 8 or not 8 <= head_size <= 128:
-        return f"head size {head_size} is no multiple of 8 up to 128"
-    if jnp.dtype(dtype) not in (jnp.bfloat16, jnp.float32):
-        return f"dtype {jnp.dtype(dtype).name} is neither bfloat16 nor float32"
-    if length >= dropout.QUERY_STRIDE:
-        return f"{length} tokens are more than {dropout.QUERY_STRIDE - 1}"
-    return None
 
 
 def composite_attention(
@@ -109,12 +93,12 @@ def prepare(
     interpret: bool = False,
 ) -> tuple[Spec, Operands]:
     """What the kernels take, of what `composite_attention` takes: slots for taps, padded segments, words for seeds."""
-    reason = supports(q.shape[1], k.shape[1], q.shape[3], q.dtype)
+    reason = inputs.supports(q.shape[1], k.shape[1], q.shape[3], q.dtype)
     if reason:
         raise ValueError(f"composite_attention: {reason}")
     length, head_size = q.shape[1], q.shape[3]
-    query_radius = _common_radius(length, fixed, dynamic_query)
-    key_radius = _common_radius(length, dynamic_key)
+    query_radius = inputs.common_radius(length, fixed, dynamic_query)
+    key_radius = inputs.common_radius(length, dynamic_key)
     spec = Spec(
         length=length,
         head_size=head_size,
@@ -129,12 +113,7 @@ def prepare(
     )
     segments = (None, None)
     if query_segments is not None and key_segments is not None:
-        more = ((0, 0), (0, spec.padded - length))
-        hidden = jnp.where(key_segments == 0, NO_KEY, key_segments)
-        segments = (
-            jnp.pad(query_segments.astype(jnp.int32), more, constant_values=NO_QUERY),
-            jnp.pad(hidden.astype(jnp.int32), more, constant_values=NO_KEY),
-        )
+        segments = inputs.padded_segments(query_segments, key_segments, spec.padded)
     operands = Operands(
         q,
         k,
@@ -144,7 +123,7 @@ def prepare(
         key_taps=_slots(spec.key_band, _tall(spec, dynamic_key, scale)),
         query_segments=segments[0],
         key_segments=segments[1],
-        words=_row_words(q.shape[0], q.shape[2], dropout_seed, rows, heads)
+        words=inputs.row_words(q.shape[0], q.shape[2], dropout_seed, rows, heads)
         if dropout_seed is not None and spec.rate
         else None,
     )
@@ -173,26 +152,11 @@ _attention.defvjp(_attention_forward, _attention_backward)
 # --- taps as slots ---------------------------------------------------------------------------------------------------
 
 
-def _common_radius(length: int, *taps: Array | None) -> int | None:
-    """The radius that serves all of them, at least 1, and no more than the length; None without taps."""
-    radii = [array.shape[-1] // 2 for array in taps if array is not None]
-    return min(max(*radii, 1), length) if radii else None
-
-
-def _reach(taps: Array, radius: int) -> Array:
-    """The same function of distance with taps up to `radius`; what is cut lies beyond every pair of tokens."""
-    more = radius - taps.shape[-1] // 2
-    if more < 0:
-        return taps[..., -more:more]
-    return jnp.pad(taps, [(0, 0)] * (taps.ndim - 1) + [(more, more)], mode="edge") if more else taps
-
-
 def _slots(band: Band | None, taps: Array | None) -> Array | None:
     """What the kernels read of taps: slots, rounded up to whole chunks."""
     if band is None or taps is None:
         return None
-    taps = _reach(taps.astype(jnp.float32), band.radius)
-    slots = taps if band.above else taps[..., :-1] - taps[..., -1:]
+    slots = inputs.slots(taps, band.radius, band.above)
     return jnp.pad(slots, [(0, 0)] * (slots.ndim - 1) + [(0, band.padded - band.slots)])
 
 
@@ -202,11 +166,3 @@ def _tall(spec: Spec, taps: Array | None, scale: float) -> Array | None:
         return None
     taps = scale * (taps if taps.ndim == 3 else taps[None])
     return jnp.pad(taps, [(0, 0), (0, spec.width - spec.head_size), (0, 0)])
-
-
-def _row_words(batch: int, heads: int, seed: Array, row_numbers, head_numbers) -> tuple[Array, Array]:
-    """The two words of every (row, head) that a place's hash takes in: the first half of `dropout.keep`."""
-    row = jnp.arange(batch, dtype=jnp.uint32) if row_numbers is None else row_numbers.astype(jnp.uint32)
-    head = jnp.arange(heads, dtype=jnp.uint32) if head_numbers is None else head_numbers.astype(jnp.uint32)
-    number = row[:, None] * np.uint32(dropout.ROW_STRIDE) + head
-    return dropout._mix(number ^ seed[0]), dropout._mix(number + seed[1])

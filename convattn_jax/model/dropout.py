@@ -26,10 +26,19 @@ def seed_from_key(key: Array) -> Seed:
 
 def keep(seed: Seed, row: Integer[Array, "..."], place: Integer[Array, "..."], rate: float) -> Array:
     """True with probability 1 - rate: a hash of seed, row and place, which broadcast against each other."""
-    row, place = row.astype(jnp.uint32), place.astype(jnp.uint32)
-    word = place ^ _mix(row ^ seed[0])
+    return keep_at(row_words(seed, row.astype(jnp.uint32)), place.astype(jnp.uint32), rate)
+
+
+def row_words(seed: Seed, row: UInt32[Array, "..."]) -> tuple[Array, Array]:
+    """The two words of each row that a place's hash takes in."""
+    return _mix(row ^ seed[0]), _mix(row + seed[1])
+
+
+def keep_at(words: tuple[Array, Array], place: Array, rate: float) -> Array:
+    """`keep`, of a row's words; elementwise, so that kernels call it on their tiles."""
+    word = place ^ words[0]
     word = (word ^ (word >> 16)) * np.uint32(0x7FEB352D)
-    word = word ^ _mix(row + seed[1])  # a second word of the row: blocks that collide in the first differ here
+    word = word ^ words[1]  # a second word of the row: blocks that collide in the first differ here
     word = (word ^ (word >> 15)) * np.uint32(0x846CA68B)
     return (word ^ (word >> 16)) >= np.uint32(min(round(rate * 2**32), 2**32 - 1))
 

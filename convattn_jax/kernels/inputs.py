@@ -1,0 +1,64 @@
+"""What every fused kernel takes, made of what attention takes: taps as slots, padded segments, words for dropout.
+
+A row of the bias is one value far below the diagonal, 2n-1 values on the band and one far above it. Softmax ignores a
+constant added to a row, so taps that depend on the row only lose their last value to the others: 2n *slots* per token.
+Taps that depend on the key keep all 2n+1. Slot s stands at distance s-n from its owner.
+"""
+
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from convattn_jax.model import dropout
+
+NO_KEY, NO_QUERY = -1, -2  # segments that meet no other
+
+
+def supports(length: int, keys: int, head_size: int, dtype) -> str | None:
+    """Why the kernels can't take a shape; None when they can."""
+    if keys != length:
+        return f"queries and keys differ in number ({length}, {keys})"
+    if head_size % 8 or not 8 <= head_size <= 128:
+        return f"head size {head_size} is no multiple of 8 up to 128"
+    if jnp.dtype(dtype) not in (jnp.bfloat16, jnp.float32):
+        return f"dtype {jnp.dtype(dtype).name} is neither bfloat16 nor float32"
+    if length >= dropout.QUERY_STRIDE:
+        return f"{length} tokens are more than {dropout.QUERY_STRIDE - 1}"
+    return None
+
+
+def common_radius(length: int, *taps: Array | None) -> int | None:
+    """The radius that serves all of them, at least 1, and no more than the length; None without taps."""
+    radii = [array.shape[-1] // 2 for array in taps if array is not None]
+    return min(max(*radii, 1), length) if radii else None
+
+
+def slots(taps: Array, radius: int, above: bool) -> Array:
+    """Taps as slots up to `radius`, float32; `above`: slot 2n, everything further above, is kept."""
+    taps = _reach(taps.astype(jnp.float32), radius)
+    return taps if above else taps[..., :-1] - taps[..., -1:]
+
+
+def _reach(taps: Array, radius: int) -> Array:
+    """The same function of distance with taps up to `radius`; what is cut lies beyond every pair of tokens."""
+    more = radius - taps.shape[-1] // 2
+    if more < 0:
+        return taps[..., -more:more]
+    return jnp.pad(taps, [(0, 0)] * (taps.ndim - 1) + [(more, more)], mode="edge") if more else taps
+
+
+def padded_segments(query_segments: Array, key_segments: Array, padded: int) -> tuple[Array, Array]:
+    """Segments of `padded` tokens, of which a query and a key meet iff their numbers agree."""
+    more = ((0, 0), (0, padded - key_segments.shape[1]))
+    hidden = jnp.where(key_segments == 0, NO_KEY, key_segments)
+    return (
+        jnp.pad(query_segments.astype(jnp.int32), more, constant_values=NO_QUERY),
+        jnp.pad(hidden.astype(jnp.int32), more, constant_values=NO_KEY),
+    )
+
+
+def row_words(batch: int, heads: int, seed: Array, row_numbers, head_numbers) -> tuple[Array, Array]:
+    """`dropout.row_words` of every (row, head), numbered as in `dropout.keep_pairs`."""
+    row = jnp.arange(batch, dtype=jnp.uint32) if row_numbers is None else row_numbers.astype(jnp.uint32)
+    head = jnp.arange(heads, dtype=jnp.uint32) if head_numbers is None else head_numbers.astype(jnp.uint32)
+    return dropout.row_words(seed, row[:, None] * np.uint32(dropout.ROW_STRIDE) + head)
