@@ -1,11 +1,12 @@
 """Fine-tuning: from a pre-trained run to a table of tasks and seeds, and a submission for the GLUE server.
 
 A run folder of its own: `results.json` ({task: {metric: [one value a seed]}}), `statistics.json`, `results.md`,
-`results.png`, `tasks/<task>/<seed>.json` (what each seed ended with), `checkpoints/<task>/<seed>/`,
-`predictions/<task>-<split>.npz` (of the best seed) and the submission. A killed run goes on with the tasks and seeds
-that are not finished; a later call may add others.
+`results.png`, `tasks/<task>/<seed>.json` (what each seed ended with), `checkpoints/<task>/<seed>/` (of the best seed,
+and of every seed where another task starts from this one), `predictions/<task>-<split>.npz` (of the best seed) and the
+submission. A killed run goes on with the tasks and seeds that are not finished; a later call may add others.
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import itertools
@@ -27,8 +28,10 @@ from convattn_jax.glue import examples, finished, metrics, results, submission
 from convattn_jax.glue.config import GlueConfig
 from convattn_jax.glue.data import TaskData, Texts, load_data
 from convattn_jax.glue.tasks import TASKS, Task, recipe, select, steps_for
-from convattn_jax.glue.training import Batch, Rows, Schedule, Trainer, bytes_per_seed, pad_rows, seeds_that_fit
+from convattn_jax.glue.training import Batch, Schedule, Trainer, bytes_per_seed, seeds_that_fit, stack
 from convattn_jax.inference import Pretrained, load_run
+from convattn_jax.kernels.attend import attend_by
+from convattn_jax.model import attention
 from convattn_jax.model.classifier import SequenceClassifier
 from convattn_jax.model.config import ModelConfig
 from convattn_jax.model.scores import TERMS
@@ -78,11 +81,19 @@ def run(config: ml_collections.ConfigDict, workdir: str, console: Console | None
     folder.path.mkdir(parents=True, exist_ok=True)
     pretrained.tokenizer.save(str(folder.path))
     folder.write("config", settings)
-    with console or Console() as console:
-        trainers = {outputs: Trainer(classifier(pretrained, outputs)) for outputs in {task.outputs for task in tasks}}
-        for task in tasks:
-            trainer = trainers[task.outputs]
-            _Finetuning(c.glue, task, data[task.name], pretrained, trainer, folder, console).complete()
+    with console or Console() as console, contextlib.ExitStack() as closing:
+        trainers = {
+            outputs: closing.enter_context(contextlib.closing(Trainer(classifier(pretrained, outputs))))
+            for outputs in sorted({task.outputs for task in tasks})
+        }
+        finetunings = [
+            _Finetuning(c.glue, task, data[task.name], pretrained, trainers[task.outputs], folder, console)
+            for task in tasks
+        ]
+        for finetuning in finetunings:  # the compiler is at work on later tasks while the first ones train
+            finetuning.compile_ahead()
+        for finetuning in finetunings:
+            finetuning.complete()
         return finish(folder, console)
 
 
@@ -138,16 +149,33 @@ class _Finetuning:
 
     def complete(self) -> None:
         """Trains the seeds that are not finished, as many together as fit, and predicts the test rows."""
-        seeds = self.c.seeds_of(self.task)
-        missing = [seed for seed in seeds if seed not in finished.seeds(self.folder, self.task)]
-        self._say_starts(seeds, missing)
+        groups = self._groups()
+        self._say_starts(self.c.seeds_of(self.task), [seed for group in groups for seed in group])
+        for group in groups:
+            self._train(group)
+        self._predict_tests()
+
+    def _groups(self) -> list[Sequence[int]]:
+        """The seeds that are not finished, those together that train together."""
+        ended = finished.seeds(self.folder, self.task)
+        missing = [seed for seed in self.c.seeds_of(self.task) if seed not in ended]
         parameters = sum(leaf.size for leaf in jax.tree.leaves(self.pretrained.params))
         one = bytes_per_seed(self.trainer.model, parameters, self.recipe.batch_size, self.edges[-1])
         devices = jax.local_devices()
         together = self.c.together or seeds_that_fit(one, len(missing), memory_of(devices[0]), len(devices))
-        for start in range(0, len(missing), together):
-            self._train(missing[start : start + together])
-        self._predict_tests()
+        return [missing[start : start + together] for start in range(0, len(missing), together)]
+
+    def compile_ahead(self) -> None:
+        """Has the compiler begin with the programs that `complete` will want, in that order."""
+        for seeds in dict.fromkeys(len(group) for group in self._groups()):
+            for length in examples.lengths_met(self._train_lengths(0), self.recipe.batch_size, self.edges):
+                self.trainer.prepare_step(seeds, self.recipe.batch_size, length)
+            for texts in self.data.evaluated.values():
+                for length in examples.lengths_met(lengths_of(texts), 1, self.edges):
+                    self.trainer.prepare_predict(seeds, EVALUATION_BATCH, length)
+
+    def _train_lengths(self, epoch: int) -> np.ndarray:
+        return lengths_of(self.data.train(epoch))
 
     def _train(self, seeds: Sequence[int]) -> None:
         began, tokens = time.perf_counter(), 0
@@ -211,12 +239,10 @@ class _Finetuning:
         size, pad, steps = self.recipe.batch_size, self.pretrained.tokenizer.pad, self.schedule.steps
         for epoch in itertools.count():
             texts = self.data.train(epoch)
-            lengths = np.asarray([len(row.ids) for row in texts.rows])
+            lengths = self._train_lengths(epoch)
             plans = [examples.epoch_batches(lengths, size, self.edges, self.task.name, epoch, seed) for seed in seeds]
-            for plan in zip(*plans, strict=True):
-                parts = [pad_rows([texts.rows[i] for i in part.rows], part.length, pad) for part in plan]
-                rows = Rows(*(np.stack(leaves) for leaves in zip(*parts, strict=True)))
-                yield Batch(rows, np.stack([texts.labels[part.rows] for part in plan]))
+            for parts in zip(*plans, strict=True):
+                yield stack(texts.rows, texts.labels, parts, size, pad)
                 steps -= 1
                 if steps == 0:
                     return
@@ -249,6 +275,11 @@ class _Finetuning:
             finished.save_prediction(self.folder, task, split, best, digests[task, split], texts.idx, logits)
 
 
+def lengths_of(texts: Texts) -> np.ndarray:
+    """Tokens of each row."""
+    return np.asarray([len(row.ids) for row in texts.rows])
+
+
 def edges_to(length: int) -> list[int]:
     """The lengths that rows of at most `length` tokens are padded to."""
     return [*(edge for edge in examples.BUCKETS if edge < length), length]
@@ -256,7 +287,13 @@ def edges_to(length: int) -> list[int]:
 
 def classifier(pretrained: Pretrained, outputs: int) -> SequenceClassifier:
     """The model of all tasks with so many outputs, on the shape of a pre-trained run."""
-    return SequenceClassifier(pretrained.model.config, pretrained.tokenizer.size, classes=outputs)
+    return classifier_of(pretrained.model.config, pretrained.tokenizer.size, outputs)
+
+
+def classifier_of(config: ModelConfig, vocabulary: int, outputs: int) -> SequenceClassifier:
+    """Its attention is the fused kernel's on one device; the compiler can't divide a kernel among several."""
+    attend = attend_by(config.kernel) if jax.local_device_count() == 1 else attention.attend
+    return SequenceClassifier(config, vocabulary, attend, classes=outputs)
 
 
 def memory_of(device: Any) -> int | None:
@@ -309,7 +346,7 @@ def load_classifier(path: epath.PathLike, task: str) -> Callable[[Sequence[Any]]
     check(
         tokenizer.digest == config["tokenizer"], f"{path}/tokenizer.model is not the tokenizer of this run: restore it"
     )
-    model = SequenceClassifier(from_config(ModelConfig, config["model"], "model."), tokenizer.size, classes=row.outputs)
+    model = classifier_of(from_config(ModelConfig, config["model"], "model."), tokenizer.size, row.outputs)
     stacked = jax.tree.map(lambda leaf: leaf[None], finished.params(folder, row, model, finished.best(folder, row)))
     length = min(config["glue"]["length"], recipe(config["glue"]["preset"], row).length)
     edges = edges_to(length)

@@ -137,8 +137,9 @@ def test_the_folder_beside_the_run_holds_the_results_and_nothing_more(home, prob
     assert table == {"word_order": {"accuracy": [one["metrics"]["accuracy"] for one in ended]}}
     assert all(0 <= value <= 1 for value in table["word_order"]["accuracy"])
     assert {path.name for path in (probed / "tasks" / "word_order").iterdir()} == {f"{s}.json" for s in SEEDS[:2]}
-    assert {path.name for path in (probed / "checkpoints" / "word_order").iterdir()} == {str(s) for s in SEEDS[:2]}
-    assert not np.array_equal(*(params_of(home, probed, "word_order", s)["classifier"]["kernel"] for s in SEEDS[:2]))
+    best = max(ended, key=lambda one: one["metrics"]["accuracy"])
+    kept = [path.name for path in (probed / "checkpoints" / "word_order").iterdir()]
+    assert kept == [str(SEEDS[ended.index(best)])]  # only the best seed's parameters are ever used
 
 
 def test_a_second_call_trains_nothing_and_writes_the_same(home, copy, probed, no_training):
@@ -186,10 +187,8 @@ def test_a_killed_run_goes_on_with_the_missing_seeds_and_takes_more(home, probed
     values = results_of(folder)["word_order"]["accuracy"]
     assert len(values) == 3
     assert values[:2] == results_of(probed)["word_order"]["accuracy"]  # where both seeds were one program
-    for seed in SEEDS[:2]:
-        pairs = zip(*(jax.tree.leaves(params_of(home, at, "word_order", seed)) for at in (folder, probed)), strict=True)
-        for a, b in pairs:
-            np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5)
+    best = SEEDS[values.index(max(values))]
+    assert [path.name for path in (folder / "checkpoints" / "word_order").iterdir()] == [str(best)]
 
 
 # --- GLUE ---

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from convattn_jax.config import UserError
 from convattn_jax.data import tokenizer as tokenizers
-from convattn_jax.glue.examples import BUCKETS, buckets, encode, epoch_batches, truncate
+from convattn_jax.glue.examples import BUCKETS, buckets, encode, epoch_batches, lengths_met, truncate
 
 
 @pytest.fixture(scope="module")
@@ -74,6 +74,7 @@ def test_an_epoch_has_every_row_once_in_batches_that_hold_it(lengths, size, epoc
     assert all(lengths[rows].max() <= length for length, rows in batches)
     assert len(batches) == -(-len(lengths) // size)
     assert sum(len(rows) < size for _, rows in batches) <= 1
+    assert sorted({length for length, _ in batches}) == lengths_met(lengths, size, BUCKETS)
 
 
 def test_seeds_share_shapes_but_not_rows():

@@ -158,6 +158,17 @@ def test_the_loss_of_classes_is_cross_entropy(trainer, encoder):
     assert float(value) == pytest.approx(cross_entropy(np.asarray(logits), labels), rel=1e-5)
 
 
+def test_empty_rows_change_neither_the_loss_nor_its_gradient(trainer, encoder):
+    labels, key = np.asarray([0, 1, 2], np.int32), jax.random.key(1)
+    params = of_seed(trainer.start((42,), [encoder])[0].params, 0)
+    gradient = jax.jit(jax.value_and_grad(lambda params, batch: loss(trainer.model, params, batch, key)))
+    (value, grads), (filled_value, filled_grads) = (
+        gradient(params, Batch(pad_rows(texts(3), 16, PAD, count), np.pad(labels, (0, count - 3)))) for count in (3, 5)
+    )
+    assert float(value) == pytest.approx(float(filled_value), rel=1e-6)
+    assert_close(grads, filled_grads)
+
+
 def test_each_seed_draws_dropout_of_its_own(trainer, encoder):
     """The same parameters and rows under the keys of three seeds."""
     state, keys = trainer.start((42, 97, 834), [encoder])

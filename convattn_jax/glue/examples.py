@@ -73,6 +73,18 @@ def buckets(lengths: np.ndarray, edges: Sequence[int] = BUCKETS) -> np.ndarray:
     return np.searchsorted(edges, lengths)
 
 
+def lengths_met(lengths: np.ndarray, batch_size: int, edges: Sequence[int]) -> list[int]:
+    """The lengths that the batches of `epoch_batches` are padded to, in increasing order."""
+    met, rest, bucket = [], 0, buckets(lengths, edges)
+    last = int(bucket.max(initial=-1))
+    for index in range(last + 1):
+        rest += int((bucket == index).sum())
+        if rest >= batch_size or (index == last and rest):
+            met.append(edges[index])
+        rest %= batch_size
+    return met
+
+
 def epoch_batches(
     lengths: np.ndarray, batch_size: int, edges: Sequence[int], task_key: str, epoch: int, seed: int
 ) -> list[Batch]:

@@ -32,9 +32,19 @@ def seeds(folder: RunFolder, task: Task) -> list[int]:
 
 
 def save(folder: RunFolder, task: Task, seed: int, params: Params, ended: Mapping[str, Any]) -> None:
-    """The parameters of a seed, then what it ended with, which marks it as finished."""
-    checkpoint.save_params(folder.checkpoints / task.name, seed, params)
+    """The parameters of a seed, then what it ended with, which marks it as finished.
+
+    Only the best seed's parameters are kept, since only they are used, or all where another task starts from this one.
+    """
+    checkpoints = folder.checkpoints / task.name
+    keep_all = any(other.starts_from == task.name for other in TASKS.values())
+    earlier = [_score(folder, task, other) for other in seeds(folder, task)]
+    if keep_all or _rank(task, ended["metrics"]) >= max(earlier, default=[]):
+        checkpoint.save_params(checkpoints, seed, params)
     folder.write(f"tasks/{task.name}/{seed}", ended)
+    if not keep_all:
+        for other in set(checkpoint.steps_of(checkpoints)) - {best(folder, task)}:
+            (checkpoints / str(other)).rmtree()
 
 
 def read(folder: RunFolder, task: Task, seed: int) -> dict[str, Any]:
@@ -54,10 +64,18 @@ def best(folder: RunFolder, task: Task) -> int:
     Raises:
       UserError: no seed of the task is finished.
     """
-    runs = {seed: read(folder, task, seed)["metrics"] for seed in seeds(folder, task)}
-    check(bool(runs), f"{folder.path} has no finished run of {task.name}: fine-tune it first")
-    names = [name(task.main, split) for split in task.splits]
-    return max(runs, key=lambda seed: [runs[seed].get(name, -math.inf) for name in names])
+    ended = seeds(folder, task)
+    check(bool(ended), f"{folder.path} has no finished run of {task.name}: fine-tune it first")
+    return max(ended, key=lambda seed: _score(folder, task, seed))
+
+
+def _score(folder: RunFolder, task: Task, seed: int) -> list[float]:
+    return _rank(task, read(folder, task, seed)["metrics"])
+
+
+def _rank(task: Task, metrics: Mapping[str, float]) -> list[float]:
+    """What seeds are ordered by: the main metric, split by split."""
+    return [metrics.get(name(task.main, split), -math.inf) for split in task.splits]
 
 
 def table(folder: RunFolder) -> dict[str, dict[str, list[float]]]:

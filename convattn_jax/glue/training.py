@@ -5,9 +5,11 @@ All devices of the host share the work: each trains its share of the seeds if th
 S seeds, B rows of a batch, T tokens, C classes (1: a regression).
 """
 
+import concurrent.futures
 import dataclasses
 import functools
-from collections.abc import Callable, Iterable, Sequence
+import os
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -18,6 +20,7 @@ from jax import Array
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from jaxtyping import Float, Int
 
+from convattn_jax.glue import examples
 from convattn_jax.glue.examples import Encoded, buckets
 from convattn_jax.model.classifier import SequenceClassifier
 from convattn_jax.model.heads import cross_entropy
@@ -43,7 +46,7 @@ class Schedule:
 
 
 class Rows(NamedTuple):
-    """Texts as the encoder reads them."""
+    """Texts as the encoder reads them; a row whose mask is all 0 stands for none."""
 
     ids: Int[np.ndarray, "*S B T"] | Array
     types: Int[np.ndarray, "*S B T"] | Array
@@ -57,9 +60,9 @@ class Batch(NamedTuple):
     labels: np.ndarray | Array
 
 
-def pad_rows(encoded: Sequence[Encoded], length: int, pad: int) -> Rows:
-    """Rows of `length` tokens."""
-    ids = np.full((len(encoded), length), pad, np.int32)
+def pad_rows(encoded: Sequence[Encoded], length: int, pad: int, count: int = 0) -> Rows:
+    """Rows of `length` tokens, followed by empty ones up to `count` rows."""
+    ids = np.full((max(count, len(encoded)), length), pad, np.int32)
     types, mask = np.zeros_like(ids), np.zeros_like(ids)
     for row, text in enumerate(encoded):
         size = len(text.ids)
@@ -67,14 +70,24 @@ def pad_rows(encoded: Sequence[Encoded], length: int, pad: int) -> Rows:
     return Rows(ids, types, mask)
 
 
+def stack(
+    encoded: Sequence[Encoded], labels: np.ndarray, parts: Sequence[examples.Batch], count: int, pad: int
+) -> Batch:
+    """The batch of one step, (S, count, T): each seed's part of the plan, its missing rows left empty."""
+    padded = [pad_rows([encoded[i] for i in part.rows], part.length, pad, count) for part in parts]
+    stacked = np.zeros((len(parts), count), labels.dtype)
+    stacked[:, : len(parts[0].rows)] = [labels[part.rows] for part in parts]
+    return Batch(Rows(*(np.stack(leaves) for leaves in zip(*padded, strict=True))), stacked)
+
+
 def loss(model: SequenceClassifier, params: Params, batch: Batch, key: Array) -> Array:
-    """Mean cross-entropy, or squared error of a regression."""
+    """Mean cross-entropy, or squared error of a regression, over the rows that hold a text."""
     logits = predict(model, params, batch.rows, key)
     if model.classes == 1:
         losses = jnp.square(logits[:, 0].astype(jnp.float32) - batch.labels)
     else:
         losses = cross_entropy(logits, jnp.asarray(batch.labels))
-    return losses.mean()
+    return losses.mean(where=jnp.asarray(batch.rows.mask)[:, 0] != 0)
 
 
 def predict(model: SequenceClassifier, params: Params, rows: Rows, key: Array | None = None) -> Float[Array, "B C"]:
@@ -84,12 +97,20 @@ def predict(model: SequenceClassifier, params: Params, rows: Rows, key: Array | 
     return logits
 
 
+def _rows_like(*shape: int) -> Rows:
+    return Rows(*(jax.ShapeDtypeStruct(shape, np.int32) for _ in Rows._fields))  # pyright: ignore[reportArgumentType]
+
+
 # Adam as the reference fine-tunes with it; the rate comes with each step, so that tasks of one shape share a program.
 ADAM = optax.chain(optax.clip_by_global_norm(1.0), optax.scale_by_adam(eps=1e-8))
 
 
 class Trainer:
-    """The compiled programs of a model, for S seeds at once: a start, a step and a prediction."""
+    """The compiled programs of a model, for S seeds at once: a start, a step and a prediction.
+
+    A program serves one shape of batch. `prepare_step` and `prepare_predict` begin to compile those that will be
+    wanted, side by side and while others train; what nobody announced is compiled when it is met.
+    """
 
     def __init__(self, model: SequenceClassifier):
         self.model = model
@@ -99,6 +120,12 @@ class Trainer:
         self._start_each = jax.jit(jax.vmap(self._start_one))
         self._step = jax.jit(self._step_all, donate_argnums=0)
         self._predict = jax.jit(jax.vmap(functools.partial(predict, model), in_axes=(0, None)))
+        self._programs: dict[Hashable, concurrent.futures.Future[Any]] = {}
+        self._compilers = concurrent.futures.ThreadPoolExecutor(os.cpu_count(), "compile")
+
+    def close(self) -> None:
+        """Drops what waits to be compiled."""
+        self._compilers.shutdown(cancel_futures=True)
 
     def start(self, seeds: Sequence[int], encoders: Sequence[Params]) -> tuple[TrainState, Array]:
         """States of all seeds, (S, ...), and their keys: heads drawn by seed, encoders given, one or one a seed."""
@@ -108,6 +135,35 @@ class Trainer:
         else:
             state = self._start_each(keys, jax.tree.map(lambda *leaves: jnp.stack(leaves), *encoders))
         return self._spread(state, len(seeds)), self._spread(keys, len(seeds))
+
+    def prepare_step(self, seeds: int, rows: int, length: int) -> concurrent.futures.Future[Any]:
+        """The program of a training step on (seeds, rows, length) tokens, as soon as it is compiled."""
+
+        def compile_step():
+            keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), seeds))
+            encoder = jax.eval_shape(self.model.initial_params, jax.random.key(0))["encoder"]
+            state, keys = (self._placed(tree, seeds) for tree in (jax.eval_shape(self._start, keys, encoder), keys))
+            label: Any = jax.ShapeDtypeStruct((seeds, rows), np.float32 if self.model.classes == 1 else np.int32)
+            batch = self._placed(Batch(_rows_like(seeds, rows, length), label), seeds, 0, 1)
+            return self._step.lower(state, batch, keys, jax.ShapeDtypeStruct((), np.float32)).compile()
+
+        return self._program(("step", seeds, rows, length), compile_step)
+
+    def prepare_predict(self, seeds: int, rows: int, length: int) -> concurrent.futures.Future[Any]:
+        """The program of a prediction for (rows, length) tokens, the same for all seeds."""
+
+        def compile_predict():
+            params = jax.eval_shape(self.model.initial_params, jax.random.key(0))
+            stacked = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((seeds, *leaf.shape), leaf.dtype), params)
+            batch = self._placed(_rows_like(rows, length), seeds, None, 0)
+            return self._predict.lower(self._placed(stacked, seeds), batch).compile()
+
+        return self._program(("predict", seeds, rows, length), compile_predict)
+
+    def _program(self, key: Hashable, compile_it: Callable[[], Any]) -> concurrent.futures.Future[Any]:
+        if key not in self._programs:
+            self._programs[key] = self._compilers.submit(compile_it)
+        return self._programs[key]
 
     def _sharding(self, leaf: Any, seeds: int, seed_axis: int | None, row_axis: int | None) -> NamedSharding:
         """Seeds spread over the devices if their number divides, else rows if theirs does, else everything on each."""
@@ -119,6 +175,16 @@ class Trainer:
     def _spread(self, tree: Any, seeds: int, seed_axis: int | None = 0, row_axis: int | None = None) -> Any:
         """A tree of arrays on all devices."""
         return jax.tree.map(lambda leaf: jax.device_put(leaf, self._sharding(leaf, seeds, seed_axis, row_axis)), tree)
+
+    def _placed(self, tree: Any, seeds: int, seed_axis: int | None = 0, row_axis: int | None = None) -> Any:
+        """The shapes of what `_spread` gives."""
+
+        def of(leaf: Any) -> jax.ShapeDtypeStruct:
+            return jax.ShapeDtypeStruct(
+                leaf.shape, leaf.dtype, sharding=self._sharding(leaf, seeds, seed_axis, row_axis)
+            )
+
+        return jax.tree.map(of, tree)
 
     def _start_one(self, key: Array, encoder: Params) -> TrainState:
         params = {**self.model.initial_params(jax.random.fold_in(key, 0)), "encoder": encoder}
@@ -134,7 +200,8 @@ class Trainer:
     ) -> TrainState:
         """All steps; `report(step, losses (S,), tokens)` gets each step's losses, still on the device."""
         for step, (batch, rate) in enumerate(zip(batches, schedule.rates(), strict=True), start=1):
-            state, losses = self._step(state, self._spread(batch, len(keys), 0, 1), keys, rate)
+            program = self.prepare_step(*batch.rows.ids.shape).result()
+            state, losses = program(state, self._spread(batch, len(keys), 0, 1), keys, rate)
             report(step, losses, int(batch.rows.mask.sum()))
         return state
 
@@ -165,7 +232,8 @@ class Trainer:
                 part = rows[start : start + batch_size]
                 filled = np.resize(part, batch_size)  # one shape a bucket: the last batch repeats rows
                 padded = pad_rows([encoded[i] for i in filled.tolist()], edge, pad)
-                logits = self._predict(params, self._spread(padded, seeds, None, 0))
+                program = self.prepare_predict(seeds, batch_size, edge).result()
+                logits = program(params, self._spread(padded, seeds, None, 0))
                 out[:, part] = np.asarray(logits)[:, : len(part)]
         return out
 
