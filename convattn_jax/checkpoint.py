@@ -14,10 +14,10 @@ import threading
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import jax
 import orbax.checkpoint as ocp
 from etils import epath
 
+from convattn_jax import distributed
 from convattn_jax.config import UserError, check
 from convattn_jax.train import TrainState
 
@@ -66,7 +66,7 @@ class Checkpoints:
     def _finish(self, step: int, loss: float | None) -> None:
         try:
             self._orbax.wait_until_finished()
-            if jax.process_index() == 0:
+            if distributed.first_process():
                 write_manifest(self._folder / str(step), step, loss)
                 for path in surplus(self._folder, step, self._keep):
                     path.rmtree()
@@ -91,7 +91,7 @@ class Checkpoints:
 
     def restore(self, like: TrainState, report: Callable[[str], None] = lambda line: None) -> TrainState | None:
         """The newest whole state, in the shapes and shardings of `like`; damaged ones are reported and passed over."""
-        step = newest_whole(self._folder, report)
+        step = distributed.from_first(lambda: newest_whole(self._folder, report))
         if step is None:
             if steps_of(self._folder):
                 report("no checkpoint is whole: training starts from the beginning")

@@ -19,6 +19,7 @@ from absl import flags
 from ml_collections import config_flags
 
 T = TypeVar("T")
+OPTIONS = ("workdir", "coordinator", "processes", "process")  # beside --config and its keys
 Keys = Mapping[str, Any] | ml_collections.ConfigDict
 
 
@@ -77,15 +78,36 @@ def _did_you_mean(word: str, known: Iterable[str]) -> str:
 
 
 @dataclasses.dataclass(frozen=True)
+class Cluster:
+    """This process among those that make up a run; all empty where it is alone or its launcher knows."""
+
+    coordinator: str = ""  # host:port of process 0
+    processes: int | None = None
+    process: int | None = None
+
+    def __post_init__(self):
+        given = (bool(self.coordinator), self.processes is not None, self.process is not None)
+        check(len(set(given)) == 1, "--coordinator, --processes and --process go together: give all three, or none")
+        if self.coordinator and self.processes is not None and self.process is not None:
+            port = self.coordinator.rpartition(":")[2]
+            check(port.isdecimal(), f"--coordinator={self.coordinator} must be host:port")
+            check(
+                0 <= self.process < self.processes,
+                f"--process={self.process} must lie in [0, {self.processes}), the number of --processes",
+            )
+
+
+@dataclasses.dataclass(frozen=True)
 class Command:
     """What the command line asks for."""
 
     config: ml_collections.ConfigDict
     workdir: str
+    cluster: Cluster = Cluster()
 
 
 def parse(argv: list[str], default_root: str = "runs") -> Command:
-    """Reads `--config=FILE[:SIZE]`, `--config.KEY=VALUE` and `--workdir=DIR`.
+    """Reads `--config=FILE[:SIZE]`, `--config.KEY=VALUE`, `--workdir=DIR` and what `Cluster` holds.
 
     Raises:
       UserError: no or an unreadable configuration, an unknown flag or key, a value of another type.
@@ -98,6 +120,9 @@ def parse(argv: list[str], default_root: str = "runs") -> Command:
     values = flags.FlagValues()
     config_flags.DEFINE_config_dict("config", config, flag_values=values, sys_argv=argv)
     flags.DEFINE_string("workdir", None, "the run folder", flag_values=values)
+    flags.DEFINE_string("coordinator", "", "host:port of process 0", flag_values=values)
+    flags.DEFINE_integer("processes", None, "how many processes make up the run", flag_values=values)
+    flags.DEFINE_integer("process", None, "which of them this is", flag_values=values)
     try:
         rest = values(argv)
     except (flags.Error, AttributeError, KeyError, TypeError, ValueError) as error:
@@ -105,7 +130,8 @@ def parse(argv: list[str], default_root: str = "runs") -> Command:
     check(len(rest) == 1, f"unexpected argument {rest[1:2]}: options are written --name=value")
     config = typing.cast(ml_collections.ConfigDict, values["config"].value)
     default = f"{default_root}/{config.name}" if config.name else ""  # a task without a name says where itself
-    return Command(config, str(values["workdir"].value or "") or default)
+    cluster = Cluster(*(typing.cast(Any, values[name].value) for name in ("coordinator", "processes", "process")))
+    return Command(config, str(values["workdir"].value or "") or default, cluster)
 
 
 def load_config_file(spec: str) -> ml_collections.ConfigDict:
@@ -185,8 +211,8 @@ def _checked(arg: str, known: Mapping[str, Any]) -> str:
     if arg.startswith("-") and name.startswith("config.") and name not in known:
         raise UserError(f"--{name} is no key of the configuration{_meant(name, known)}")
     check(name != "config" or not arg.startswith("-"), "--config stands there twice: give one")
-    if arg.startswith("-") and not name.startswith("config.") and name != "workdir":
-        hint = _did_you_mean(name, ("config", "workdir")) or _meant(f"config.{name}", known)
+    if arg.startswith("-") and not name.startswith("config.") and name not in OPTIONS:
+        hint = _did_you_mean(name, ("config", *OPTIONS)) or _meant(f"config.{name}", known)
         raise UserError(f"--{name} is no option{hint}")
     if equals and isinstance(known.get(name), tuple) and not value.startswith("("):
         return f"--{name}={tuple(part for part in value.split(',') if part)!r}"

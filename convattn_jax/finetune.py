@@ -62,7 +62,11 @@ def default_workdir(config: ml_collections.ConfigDict) -> str:
 def run(config: ml_collections.ConfigDict, workdir: str, console: Console | None = None) -> results.Table:
     """Trains what is not finished, and writes the results of all that is."""
     c = from_config(FinetuneConfig, config)
-    check(jax.process_count() == 1, "init_from: fine-tuning runs on one host; start it as one process")
+    check(
+        jax.process_count() == 1,
+        f"fine-tuning uses all devices of one process and was started as {jax.process_count()}: start one, or give "
+        "each its own --config.glue.tasks and --workdir, without --processes",
+    )
     pretrained = load_pretrained(c.init_from)
     tasks = [task for task in select(c.glue.tasks) if not task.predicted_by]
     check_positions(c.glue, tasks, pretrained.model.config)

@@ -3,8 +3,10 @@
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from jax.sharding import Sharding
 
 from convattn_jax import taps
 from convattn_jax.model.inputs import Inputs
@@ -14,27 +16,29 @@ from convattn_jax.plots import Kernel
 DYNAMIC = ("dynamic_query", "dynamic_key")
 
 
-def learned_kernels(model: MaskedLM, params: Any, inputs: Inputs) -> dict[str, Kernel]:
-    """Per term with taps: (L, H, W) logits, centred; of dynamic terms mean and spread over the tokens of `inputs`."""
-    kernels = {}
-    if "fixed" in model.config.scores:
-        kernels["fixed"] = Kernel(taps.centred(fixed_taps(params["encoder"])), None)
+def learned_kernels(model: MaskedLM, params: Any, inputs: Inputs, placed: Sharding | None = None) -> dict[str, Kernel]:
+    """Per term with taps: (L, H, W) logits, centred; of dynamic terms mean and spread over the tokens of `inputs`.
 
-    @jax.jit
-    def encode(params: Any) -> dict[str, Array]:
+    Parameters that other processes hold parts of need `placed`, a sharding that puts a whole array on every device.
+    """
+
+    def read(params: Any) -> tuple[Array | None, dict[str, Array]]:
         encoded: Any = model.apply({"params": params}, inputs, DYNAMIC, method="encode")
-        return encoded.outputs
+        fixed = fixed_taps(params["encoder"]) if "fixed" in model.config.scores else None
+        return fixed, encoded.outputs
 
+    fixed, outputs = jax.jit(read, out_shardings=placed)(params)
+    kernels = {} if fixed is None else {"fixed": Kernel(taps.centred(np.asarray(fixed)), None)}
     valid = np.asarray(inputs.valid)
-    for name, values in encode(params).items():
+    for name, values in outputs.items():
         tokens = taps.centred(np.asarray(values).transpose(1, 3, 0, 2, 4)[valid])  # (tokens, L, H, W)
         kernels[name] = Kernel(tokens.mean(0), tokens.std(0))
     return kernels
 
 
-def fixed_taps(encoder: dict) -> np.ndarray:
+def fixed_taps(encoder: dict) -> Array:
     """beta of all layers, (L, H, W), of unrolled or scanned parameters."""
     if "layers" in encoder:
-        return np.asarray(encoder["layers"]["attention"]["fixed"]["taps"])
+        return encoder["layers"]["attention"]["fixed"]["taps"]
     layers = sorted((name for name in encoder if name.startswith("layer_")), key=lambda name: int(name[6:]))
-    return np.stack([np.asarray(encoder[name]["attention"]["fixed"]["taps"]) for name in layers])
+    return jnp.stack([encoder[name]["attention"]["fixed"]["taps"] for name in layers])

@@ -15,6 +15,12 @@ HELP = """usage: python -m convattn_jax.main --config=FILE[:SIZE] [--workdir=DIR
   --workdir=runs/NAME                   the run folder; the same command again resumes what is there
   --config.train.steps=100              any key of the configuration; configs/base.py documents them
   --config.model.scores=content,fixed   a list: values with commas between them
+
+Several processes as one run: under SLURM (srun), Open MPI, an indexed Kubernetes job or on a Cloud TPU slice start the
+same line in each, and they find each other. Elsewhere say who is who; a GPU each: JAX_LOCAL_DEVICE_IDS=0, 1, ...
+
+  --coordinator=HOST:PORT               where process 0 listens
+  --processes=N --process=I             how many there are, and which this is, from 0
 """
 
 
@@ -30,6 +36,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         task = str(command.config.task)
         check_choice("task", task, TASKS)
         module = importlib.import_module(TASKS[task])  # and jax, now that the command line is known to be good
+        from convattn_jax import distributed
+
+        distributed.start(command.cluster)
         module.run(command.config, command.workdir)
     except UserError as error:
         sys.exit(_line(error))

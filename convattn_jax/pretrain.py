@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import math
 from collections.abc import Iterator
 from typing import Any
@@ -13,8 +14,8 @@ import numpy as np
 from jax import Array
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from convattn_jax import checkpoint, events, plots, sharding, train
-from convattn_jax.config import check, from_config, to_plain
+from convattn_jax import checkpoint, distributed, events, plots, sharding, train
+from convattn_jax.config import check, flatten, from_config, to_plain
 from convattn_jax.console import Console
 from convattn_jax.data import loader
 from convattn_jax.data.config import DataConfig, TokenizerConfig
@@ -57,22 +58,31 @@ class PretrainConfig:
 
 def run(config: ml_collections.ConfigDict, workdir: str, console: Console | None = None) -> dict[str, Any]:
     """Trains, or goes on training, or checks what is finished; returns the summary."""
-    c = from_config(PretrainConfig, config)
-    folder = RunFolder(workdir)
-    folder.check_belongs(to_plain(c))
-    folder.check_writable()
-    mesh = sharding.make_mesh(c.mesh)
-    sharding.check_divides(mesh, c.train.batch_size, c.train.accumulate, c.model.heads)
+    distributed.check_same(distributed.code() | distributed.configuration(flatten(config)))
+    first = distributed.first_process()
+    with distributed.together():
+        c = from_config(PretrainConfig, config)
+        folder = RunFolder(workdir)
+        mesh = sharding.make_mesh(c.mesh)
+        sharding.check_divides(mesh, c.train.batch_size, c.train.accumulate, c.model.heads)
+        if first:
+            folder.check_belongs(to_plain(c))
+            folder.check_writable()
 
-    with console or Console(quiet=jax.process_index() > 0) as console:
-        prepared = find_rows(c, folder, console)
-        folder.path.mkdir(parents=True, exist_ok=True)
-        with folder.lock() if jax.process_index() == 0 else contextlib.nullcontext():
-            if jax.process_index() == 0 and folder.read("config") is None:
+    with console or Console(quiet=not first) as console, contextlib.ExitStack() as stack:
+        with distributed.together():
+            prepared = find_rows(c, folder, console)
+            folder.path.mkdir(parents=True, exist_ok=True)
+        distributed.check_same({"data": prepared.fingerprint, "tokenizer": prepared.tokenizer.digest})
+        distributed.check_shared(folder.path)
+        with distributed.together():
+            if first:
+                stack.enter_context(folder.lock())
+            if first and folder.read("config") is None:
                 prepared.tokenizer.save(str(folder.path))
                 folder.write("data", {"fingerprint": prepared.fingerprint, "tokenizer": prepared.tokenizer.digest})
                 folder.write("config", to_plain(c))  # last: what has a config.json is a run folder
-            return _Run(c, folder, prepared, mesh, console).complete()
+        return _Run(c, folder, prepared, mesh, console).complete()
 
 
 def find_rows(c: PretrainConfig, folder: RunFolder, console: Console) -> Prepared:
@@ -147,48 +157,48 @@ class _Run:
                 state = self.init(jax.random.key(self.c.seed))
             elif int(state.step) < steps:
                 self.console.message(f"resumed from step {int(state.step)}")
-            rows = self.folder.keep_rows(int(state.step))
-            logged = int(rows[-1]["step"]) if rows else 0
-            check(
-                logged == int(state.step),
-                f"{self.folder.metrics} has lost the rows up to step {int(state.step)}, where the checkpoint stands: "
-                "restore it, or choose another --workdir",
-            )
-            summary = self.folder.read("summary")
-            if logged == steps and summary is not None:
+            seconds, summary = distributed.from_first(functools.partial(self._logged, int(state.step)))
+            if int(state.step) == steps and summary is not None:
                 self.console.message(f"finished: checkpoint {steps} and its files are whole; nothing left to do")
                 self._show(summary)
                 return summary
-            state = self._fit(state, checkpoints, rows)
+            state = self._fit(state, checkpoints, seconds)
         return self._finish(state)
 
-    def _fit(
-        self, state: TrainState, checkpoints: checkpoint.Checkpoints, rows: list[dict[str, float | int]]
-    ) -> TrainState:
+    def _logged(self, step: int) -> tuple[float, dict[str, Any] | None]:
+        """Seconds trained up to a step by metrics.jsonl, which then ends there, and the summary if there is one."""
+        rows = self.folder.keep_rows(step)
+        check(
+            (int(rows[-1]["step"]) if rows else 0) == step,
+            f"{self.folder.metrics} has lost the rows up to step {step}, where the checkpoint stands: "
+            "restore it, or choose another --workdir",
+        )
+        return rows[-1]["seconds"] if rows else 0.0, self.folder.read("summary")
+
+    def _fit(self, state: TrainState, checkpoints: checkpoint.Checkpoints, seconds: float) -> TrainState:
         c = self.c
         started_at = int(state.step)
 
         def record(row: dict[str, float | int]) -> None:
             step = int(row["step"])
             row["learning_rate"] = float(np.asarray(self.schedule(step - 1)))
-            if jax.process_index() == 0:
+            if distributed.first_process():
                 self.folder.append(row)
                 write_events(row)
-            rows.append(row)
             left = self.console.seconds_left(step, c.train.steps)
             self.console.training(
                 step, c.train.steps, row["loss"], row.get("eval_loss"), row["tokens_per_second"], left
             )
 
         self.console.message(f"compiling for {self.mesh.size} x {jax.devices()[0].device_kind}")
-        first, count = sharding.host_rows(c.train.batch_size)
+        size = c.train.batch_size
 
         def batch(step: int) -> Array:
-            rows = loader.batch(self.prepared.train, c.seed, step, c.train.batch_size, first, count)
-            return sharding.to_devices(rows, self.mesh)
+            read = functools.partial(loader.batch, self.prepared.train, c.seed, step, size)
+            return sharding.global_batch(read, size, c.data.length, self.mesh)
 
         with (
-            events.recorder(self.folder.path / "events", started_at + 1, jax.process_index() == 0) as write_events,
+            events.recorder(self.folder.path / "events", started_at + 1, distributed.first_process()) as write_events,
             contextlib.closing(loader.prefetch(batch, started_at, c.train.steps)) as batches,
         ):
             return train.fit(
@@ -201,7 +211,7 @@ class _Run:
                 save_seconds=c.checkpoint.every_seconds,
                 record=record,
                 tokens_per_step=c.train.batch_size * c.data.length,
-                seconds=rows[-1]["seconds"] if rows else 0.0,
+                seconds=seconds,
             )
 
     def _evaluate(self, params: Any) -> dict[str, float]:
@@ -221,32 +231,36 @@ class _Run:
         """Each held-out row once; the last batch is filled with padding, which weighs nothing."""
         size = self.c.train.batch_size
         tokens = evaluated_rows(self.prepared.heldout, self.c.train.eval_rows)
-        first, count = sharding.host_rows(size)
         for start in range(0, len(tokens), size):
             rows = tokens[start : start + size]
             padding = np.full((size - len(rows), rows.shape[1]), self.prepared.tokenizer.pad, rows.dtype)
-            yield sharding.to_devices(np.concatenate([rows, padding])[first : first + count], self.mesh)
+            filled = np.concatenate([rows, padding])
+            yield sharding.global_batch(functools.partial(_slice, filled), size, filled.shape[1], self.mesh)
 
     def _finish(self, state: TrainState) -> dict[str, Any]:
         """Summary, pictures and the closing table."""
+        sample = evaluated_rows(self.prepared.heldout, 64)
+        everywhere = NamedSharding(self.mesh, PartitionSpec())
+        kernels = learned_kernels(self.model, state.params, self.objective.inputs(jnp.asarray(sample)), everywhere)
+        summary = distributed.from_first(lambda: self._leave(int(state.step), state.params, kernels))
+        self._show(summary)
+        return summary
+
+    def _leave(self, step: int, params: Any, kernels: dict[str, plots.Kernel]) -> dict[str, Any]:
+        """Writes the pictures, and last the summary."""
         rows = self.folder.rows()
         final = next(row for row in reversed(rows) if "eval_loss" in row)
-        seconds = rows[-1]["seconds"]
         speeds = [row["tokens_per_second"] for row in rows if row["tokens_per_second"] > 0]
         summary = {
-            "step": int(state.step),
+            "step": step,
             **{key: value for key, value in final.items() if key.startswith(("eval_", "unigram_"))},
-            "parameters": sum(x.size for x in jax.tree.leaves(state.params)),
+            "parameters": sum(x.size for x in jax.tree.leaves(params)),
             "tokens_per_second": float(np.median(speeds)) if speeds else 0.0,
-            "train_seconds": seconds,
+            "train_seconds": rows[-1]["seconds"],
         }
-        sample = evaluated_rows(self.prepared.heldout, 64)
-        kernels = learned_kernels(self.model, state.params, self.objective.inputs(jnp.asarray(sample)))
-        if jax.process_index() == 0:
-            plots.plot_losses(rows, self.folder.path / "loss.png", self.c.name, summary["unigram_loss"])
-            plots.plot_kernels(kernels, self.folder.path / "kernels.png", self.c.name)
-            self.folder.write("summary", summary)
-        self._show(summary)
+        plots.plot_losses(rows, self.folder.path / "loss.png", self.c.name, summary["unigram_loss"])
+        plots.plot_kernels(kernels, self.folder.path / "kernels.png", self.c.name)
+        self.folder.write("summary", summary)
         return summary
 
     def _show(self, summary: dict[str, Any]) -> None:
@@ -265,6 +279,10 @@ class _Run:
                 *pictures,
             ],
         )
+
+
+def _slice(rows: np.ndarray, first: int, count: int) -> np.ndarray:
+    return rows[first : first + count]
 
 
 def evaluated_rows(heldout: Rows, count: int) -> np.ndarray:

@@ -3,6 +3,7 @@
 import dataclasses
 import math
 import re
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -154,12 +155,17 @@ def shard_attention(attend: Attend, mesh: Mesh) -> Attend:
     return sharded
 
 
-def host_rows(batch_size: int) -> tuple[int, int]:
-    """(first, count): the rows of the global batch this process feeds."""
-    count = batch_size // jax.process_count()
-    return jax.process_index() * count, count
+def global_batch(read: Callable[[int, int], np.ndarray], rows: int, length: int, mesh: Mesh) -> jax.Array:
+    """The (rows, length) batch of all processes; each calls `read(first, count)` for the rows of its own devices only.
 
+    Which these are is the mesh's to say: where `tensor` spans hosts, several hosts read the same rows.
+    """
+    parts: dict[int, np.ndarray] = {}  # devices that differ in `tensor` only share their rows
 
-def to_devices(rows: np.ndarray, mesh: Mesh) -> jax.Array:
-    """This process's rows, as its part of the global batch."""
-    return jax.make_array_from_process_local_data(NamedSharding(mesh, BATCH), rows)
+    def part(index: Any) -> np.ndarray:
+        first, stop, _ = index[0].indices(rows)
+        if first not in parts:
+            parts[first] = read(first, stop - first)
+        return parts[first]
+
+    return jax.make_array_from_callback((rows, length), NamedSharding(mesh, BATCH), part)

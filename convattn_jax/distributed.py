@@ -1,0 +1,169 @@
+"""Several processes as one run: how they find each other, agree, and stop together.
+
+JAX's runtime connects them and moves the arrays. What is said here in words goes through its key-value store, which
+waits as long as a host needs to prepare its text; a collective of the devices would give up.
+"""
+
+import contextlib
+import functools
+import glob
+import hashlib
+import importlib.metadata
+import importlib.util
+import itertools
+import json
+import os
+import pathlib
+import socket
+import uuid
+from collections.abc import Callable, Iterator, Mapping
+from typing import TypeVar
+
+import jax
+from etils import epath
+from jax._src import distributed as runtime  # its key-value store has no public name
+
+from convattn_jax.config import Cluster, UserError, check
+
+T = TypeVar("T")
+
+LIBRARIES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint")  # those that decide about numbers or files
+OWN = ("data.cache_dir", "data.workers")  # what each host may set for itself
+PATIENCE = 7 * 24 * 3600 * 1000  # ms; a host that has died ends the wait by its missing heartbeat
+_turn = itertools.count()
+
+
+def start(cluster: Cluster, heartbeat_seconds: int = 100) -> None:
+    """Joins this process to those that the flags or the environment speak of; where it is alone, it does nothing.
+
+    When it ends it waits for the others; one that has died they miss after `heartbeat_seconds`, and end too.
+
+    Raises:
+      UserError: the others can't be reached.
+    """
+    method = None if cluster.coordinator else detected(os.environ)
+    if jax.distributed.is_initialized() or (method is None and not cluster.coordinator):
+        return
+    where = f"--coordinator={cluster.coordinator}" if cluster.coordinator else f"the environment ({method})"
+    try:
+        jax.distributed.initialize(
+            cluster.coordinator or None,
+            cluster.processes,
+            cluster.process,
+            cluster_detection_method="deactivate" if cluster.coordinator else None if method == "tpu" else method,
+            heartbeat_timeout_seconds=heartbeat_seconds,
+        )
+    except Exception as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"{where}: this process could not join the others ({reason}): start all of them") from error
+
+
+def detected(environment: Mapping[str, str]) -> str | None:
+    """The launcher that started several processes: slurm, ompi (Open MPI), tpu (Cloud TPU), k8s; else None."""
+    slurm = ("SLURM_JOB_ID", "SLURM_STEP_NODELIST", "SLURM_NTASKS", "SLURM_PROCID", "SLURM_LOCALID")
+    if "OMPI_MCA_orte_hnp_uri" in environment and int(environment.get("OMPI_COMM_WORLD_SIZE", 1)) > 1:
+        return "ompi"
+    if all(name in environment for name in slurm) and int(environment["SLURM_NTASKS"]) > 1:
+        return "slurm"
+    if _has_tpu() and "TPU_SKIP_MDS_QUERY" not in environment:  # which a notebook service sets on its single host
+        return "tpu"
+    if "KUBERNETES_SERVICE_HOST" in environment and "JOB_COMPLETION_INDEX" in environment:  # an indexed job
+        return "k8s"
+    return None
+
+
+def _has_tpu() -> bool:
+    return bool(importlib.util.find_spec("libtpu") and (glob.glob("/dev/accel*") or glob.glob("/dev/vfio/[0-9]*")))
+
+
+def first_process() -> bool:
+    """Whether this is the process that writes logs, pictures and manifests."""
+    return jax.process_index() == 0
+
+
+def gather(text: str) -> list[str]:
+    """What each process says, in their order; every process calls it as often as the others."""
+    if jax.process_count() == 1:
+        return [text]
+    client, turn = runtime.global_state.client, next(_turn)
+    assert client is not None
+    client.key_value_set(f"convattn/{turn}/{jax.process_index()}", text)
+    return [client.blocking_key_value_get(f"convattn/{turn}/{i}", PATIENCE) for i in range(jax.process_count())]
+
+
+@contextlib.contextmanager
+def together() -> Iterator[None]:
+    """A block that fails on every process if it fails on one: the others raise a `UserError` that says where and why.
+
+    It ends on no process before it has ended on all.
+    """
+    mine: Exception | None = None
+    try:
+        yield
+    except Exception as error:
+        mine = error
+    if jax.process_count() > 1:
+        text = "" if mine is None else str(mine) if isinstance(mine, UserError) else f"{type(mine).__name__}: {mine}"
+        said = gather(json.dumps([_name(), " ".join(text.split())]))
+        for name, problem in map(json.loads, said):
+            if problem:
+                raise UserError(f"{name}: {problem}") from mine
+    if mine is not None:
+        raise mine
+
+
+def from_first(make: Callable[[], T]) -> T:
+    """`make()` of the first process, JSON-ready, on every process; its failure is everyone's."""
+    value = None
+    with together():
+        if first_process():
+            value = make()
+    return json.loads(gather(json.dumps(value))[0]) if jax.process_count() > 1 else value  # pyright: ignore
+
+
+def check_same(facts: Mapping[str, object]) -> None:
+    """Raises, on every process, a `UserError` that names the first host and fact that differ from the first host's."""
+    if jax.process_count() == 1:
+        return
+    said = [json.loads(text) for text in gather(json.dumps([_name(), {k: repr(v) for k, v in facts.items()}]))]
+    (first, expected), *others = said
+    for name, found in others:
+        for fact in sorted(expected.keys() | found.keys()):
+            there, here = found.get(fact, "nothing"), expected.get(fact, "nothing")
+            check(there == here, f"{name} has {fact}={there}, {first} has {here}: all hosts need the same")
+
+
+def check_shared(folder: epath.Path) -> None:
+    """Raises, on every process, a `UserError` unless all of them see the same folder."""
+    if jax.process_count() == 1:
+        return
+    probe = folder / f".shared-{from_first(lambda: uuid.uuid4().hex)}"
+    with together():
+        if first_process():
+            probe.write_text("")
+    try:
+        with together():
+            list(folder.iterdir())  # a network file system looks again
+            check(probe.exists(), f"--workdir={folder} is another folder than {_name(0)}'s: name one that all share")
+    finally:
+        if first_process():
+            probe.unlink()
+
+
+@functools.cache
+def code() -> dict[str, str]:
+    """{file of this package: its digest, library: its version}."""
+    root = pathlib.Path(__file__).parent
+    files = sorted(root.rglob("*.py"))
+    digests = {str(p.relative_to(root.parent)): hashlib.sha256(p.read_bytes()).hexdigest()[:8] for p in files}
+    return {**digests, **{name: importlib.metadata.version(name) for name in LIBRARIES}}
+
+
+def configuration(flat: Mapping[str, object]) -> dict[str, object]:
+    """The facts of a flat configuration that must be the same on all hosts."""
+    return {key: list(v) if isinstance(v, tuple) else v for key, v in flat.items() if key not in OWN}
+
+
+def _name(process: int | None = None) -> str:
+    """host 2 (worker-2)"""
+    return f"host {jax.process_index()} ({socket.gethostname()})" if process is None else f"host {process}"

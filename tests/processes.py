@@ -1,0 +1,45 @@
+"""Starts runs of several processes on this machine, as a launcher would."""
+
+import dataclasses
+import os
+import pathlib
+import socket
+import subprocess
+import sys
+
+ROOT = pathlib.Path(__file__).parent.parent
+
+
+@dataclasses.dataclass(frozen=True)
+class Ended:
+    """What a process left behind."""
+
+    code: int
+    out: str
+    err: str
+
+
+def start(count: int, args: list[str], own: dict[int, list[str]] | None = None, **places) -> list[Ended]:
+    """Runs the program in `count` processes with one CPU device each, some with arguments of their `own`."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "convattn_jax.main", *args, f"--coordinator=localhost:{port}"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    running = [
+        subprocess.Popen(
+            [*command, f"--processes={count}", f"--process={i}", *(own or {}).get(i, [])],
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            cwd=places.get(f"host_{i}"),
+        )
+        for i in range(count)
+    ]
+    try:
+        said = [process.communicate(timeout=300) for process in running]
+    finally:
+        for process in running:
+            process.kill()
+    return [Ended(process.returncode, *texts) for process, texts in zip(running, said, strict=True)]

@@ -1,0 +1,230 @@
+"""Several processes are one run: they find each other, compute what one computes, and stop together."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+import tiny
+from etils import epath
+from processes import start
+
+from convattn_jax import distributed, main
+from convattn_jax.config import Cluster, UserError
+
+STEPS = 4
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    """A folder with a text, a configuration file and a cache."""
+    home = tmp_path_factory.mktemp("home")
+    tiny.write_corpus(home / "text.txt")
+    tiny.write_config(home, train__steps=STEPS, train__eval_every=2, train__eval_rows=6, model__layers=1)
+    return home
+
+
+def arguments(home, run, *more):
+    return [f"--config={home / 'config.py'}", f"--workdir={home / run}", *more]
+
+
+@pytest.fixture(scope="module")
+def alone(home):
+    """The run folder of one process."""
+    main.main(["main", *arguments(home, "alone")])
+    return home / "alone"
+
+
+def assert_same_curve(run, alone):
+    """All logged figures agree to 1e-4, which is the order of sums and nothing else: six digits are usual."""
+    found, expected = tiny.metrics(run), tiny.metrics(alone)
+    assert [row["step"] for row in found] == list(range(1, STEPS + 1))
+    for a, b in zip(found, expected, strict=True):
+        assert a.keys() == b.keys()
+        for name in a:
+            np.testing.assert_allclose(a[name], b[name], rtol=1e-4, err_msg=f"{name} at step {a['step']}")
+
+
+def back_to(run, step):
+    """Takes a run back to its checkpoint of a step."""
+    later = [path for path in (run / "checkpoints").iterdir() if int(path.name) > step]
+    assert later
+    for path in later:
+        shutil.rmtree(path)
+    (run / "summary.json").unlink()
+
+
+def train_and_hand_over(home, alone, count):
+    """`count` processes train, one goes on from their checkpoint, and they from its."""
+    name = f"by {count}"
+    run = home / name
+    for ended in start(count, arguments(home, name, "--config.mesh.data=1", "--config.mesh.fsdp=-1")):
+        assert ended.code == 0, ended.err
+    assert_same_curve(run, alone)
+    assert {path.name for path in run.iterdir()} == {path.name for path in alone.iterdir()}
+    summary, expected = (json.loads((folder / "summary.json").read_text()) for folder in (run, alone))
+    assert summary["eval_loss"] == pytest.approx(expected["eval_loss"], rel=1e-4)
+
+    back_to(run, STEPS - 1)
+    main.main(["main", *arguments(home, name)])
+    assert_same_curve(run, alone)
+
+    back_to(run, STEPS - 1)  # `tensor` spans the processes: two of them read the same rows
+    ends = start(count, arguments(home, name, "--config.mesh.tensor=2"))
+    for ended in ends:
+        assert ended.code == 0, ended.err
+    assert f"resumed from step {STEPS - 1}" in ends[0].out
+    assert "step" not in ends[1].out
+    assert_same_curve(run, alone)
+
+
+def test_two_processes_train_as_one_does_and_each_goes_on_from_the_others_checkpoint(home, alone):
+    train_and_hand_over(home, alone, 2)
+
+
+@pytest.mark.slow
+def test_four_processes_train_as_one_does_and_each_goes_on_from_the_others_checkpoint(home, alone):
+    train_and_hand_over(home, alone, 4)
+
+
+def test_all_stop_with_one_line_when_one_has_another_configuration(home):
+    ends = start(2, arguments(home, "never"), {1: ["--config.train.steps=7"]})
+    for ended in ends:
+        assert ended.code == 2
+        assert [line for line in ended.err.splitlines() if line.startswith("error: ")] == [
+            line for line in ended.err.splitlines() if "host 1 (" in line and "has train.steps=7, host 0 (" in line
+        ]
+        assert "error: " in ended.err
+    assert not (home / "never").exists()
+
+
+# --- what is said between hosts, with a second host played by the test ---
+
+
+@pytest.fixture
+def second(monkeypatch):
+    """A function that sets what a second host says to the i-th question, given what the first says."""
+
+    def play(*answers):
+        left = list(answers)
+
+        def gather(text):
+            answer = left.pop(0)
+            return [text, answer(text) if callable(answer) else answer]
+
+        monkeypatch.setattr(distributed.jax, "process_count", lambda: 2)
+        monkeypatch.setattr(distributed, "gather", gather)
+
+    return play
+
+
+def test_facts_that_agree_are_no_matter(second):
+    second(lambda text: text)
+    distributed.check_same({"data": "abc", "seed": 0})
+
+
+@pytest.mark.parametrize(
+    ("facts", "message"),
+    [
+        ({"seed": "1", "jax": "'2'"}, r"^host 1 \(b\) has seed=1, host 0 .* has 0: all hosts need the same$"),
+        ({"seed": "0"}, "has jax=nothing, host 0 .* has '2'"),
+        ({"seed": "0", "jax": "'2'", "a.py": "'ff'"}, "has a.py='ff', host 0 .* has nothing"),
+    ],
+)
+def test_the_host_and_what_differs_are_named(second, facts, message):
+    second(json.dumps(["host 1 (b)", facts]))
+    with pytest.raises(UserError, match=message):
+        distributed.check_same({"seed": 0, "jax": "2"})
+
+
+def test_what_fails_on_one_host_fails_on_all(second):
+    second(json.dumps(["host 1 (b)", "data.files: none.txt is not there"]))
+    with pytest.raises(UserError, match=r"^host 1 \(b\): data\.files: none\.txt is not there$"), distributed.together():
+        pass
+
+
+def test_what_fails_here_is_told_to_the_others(second):
+    told = []
+    second(lambda text: told.append(json.loads(text)) or json.dumps(["host 1 (b)", ""]))
+    with pytest.raises(UserError, match=r"^host 0 .*: KeyError: 'x'$"), distributed.together():
+        {}["x"]
+    assert told[0][1] == "KeyError: 'x'"
+
+
+def test_a_folder_of_ones_own_is_found_out(second, tmp_path):
+    same = json.dumps(["host 1 (b)", ""])
+    second(same, "null", same, json.dumps(["host 1 (b)", "--workdir=run is another folder than host 0's"]))
+    with pytest.raises(UserError, match="is another folder than host 0's"):
+        distributed.check_shared(epath.Path(tmp_path))
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_code_is_known_by_its_files_and_libraries():
+    facts = distributed.code()
+    assert {"convattn_jax/train.py", "convattn_jax/data/rows.py", "jax", "optax"} <= facts.keys()
+
+
+def test_each_host_may_have_its_own_cache():
+    assert distributed.configuration({"seed": 0, "data.cache_dir": "/a", "data.files": ("a",)}) == {
+        "seed": 0,
+        "data.files": ["a"],
+    }
+
+
+SLURM = {"SLURM_JOB_ID": "7", "SLURM_STEP_NODELIST": "n[1-2]", "SLURM_PROCID": "0", "SLURM_LOCALID": "0"}
+
+
+@pytest.mark.parametrize(
+    ("environment", "method"),
+    [
+        ({}, None),
+        (SLURM | {"SLURM_NTASKS": "2"}, "slurm"),
+        (SLURM | {"SLURM_NTASKS": "1"}, None),
+        ({"SLURM_JOB_ID": "7", "SLURM_NTASKS": "8"}, None),  # an allocation's shell: no task of a step
+        ({"OMPI_MCA_orte_hnp_uri": "1;tcp://a:1", "OMPI_COMM_WORLD_SIZE": "4"}, "ompi"),
+        ({"KUBERNETES_SERVICE_HOST": "a", "JOB_COMPLETION_INDEX": "1"}, "k8s"),
+        ({"KUBERNETES_SERVICE_HOST": "a"}, None),  # a notebook's pod
+    ],
+)
+def test_a_launcher_is_known_by_its_environment(monkeypatch, environment, method):
+    monkeypatch.setattr(distributed, "_has_tpu", lambda: False)
+    assert distributed.detected(environment) == method
+
+
+def test_a_cloud_tpu_is_known_by_its_devices(monkeypatch):
+    monkeypatch.setattr(distributed, "_has_tpu", lambda: True)
+    assert distributed.detected({"KUBERNETES_SERVICE_HOST": "a", "JOB_COMPLETION_INDEX": "1"}) == "tpu"
+    assert distributed.detected({"TPU_SKIP_MDS_QUERY": "1"}) is None
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("host:1", 2, None), "--coordinator, --processes and --process go together"),
+        (("", 2, 0), "--coordinator, --processes and --process go together"),
+        (("host", 2, 0), "--coordinator=host must be host:port"),
+        (("host:1", 2, 2), r"--process=2 must lie in \[0, 2\)"),
+    ],
+)
+def test_senseless_flags_are_errors(flags, message):
+    with pytest.raises(UserError, match=message):
+        Cluster(*flags)
+
+
+def test_a_process_that_reaches_nobody_says_so(monkeypatch):
+    def unreachable(*_, **__):
+        raise RuntimeError("DEADLINE_EXCEEDED:\n nobody there")
+
+    monkeypatch.setattr(distributed.jax.distributed, "initialize", unreachable)
+    with pytest.raises(
+        UserError, match=r"^--coordinator=a:1: .*\(DEADLINE_EXCEEDED: nobody there\): start all of them$"
+    ):
+        distributed.start(Cluster("a:1", 2, 0))
+
+
+def test_a_process_alone_joins_nobody(monkeypatch):
+    monkeypatch.setattr(distributed, "detected", lambda environment: None)
+    monkeypatch.setattr(distributed.jax.distributed, "initialize", lambda *_, **__: pytest.fail("joined"))
+    distributed.start(Cluster())
+    assert distributed.gather("x") == ["x"]
+    assert distributed.from_first(lambda: 3) == 3
