@@ -1,149 +1,276 @@
-"""Times whole training steps: masking, forward, backward, optimizer.
+"""Times whole training steps: masking, forward, backward, clipping, optimizer; peers take turns with ours.
 
     python -m benchmarks.step                                       # the demonstration: composite beside plain BERT
+    python -m benchmarks.step --suite=base,small,base512,base2048 --authors=PATH --out=results      # one GPU, PyTorch
     python -m benchmarks.step --configs=configs/composite.py:small,configs/composite.py:small@model.kernel=plain \
         --batch=1024 --length=128 --vocabulary=30004
     python -m benchmarks.step --profile=traces --steps=3            # where the device time goes, kernel by kernel
 
-Variants take turns, so that a machine that slows down slows all of them; compare by ratio within one call. The rows
-are random token ids in full rows: every slot counts as a token.
+Contenders take turns, so that a machine that slows down slows all of them; a figure is the median over turns with the
+lowest and highest beside it; compare by ratio within one call. Peers whose library is missing are left out. Writes
+step.jsonl, step.md and step.png to --out. `benchmarks/suites.py` holds the suites and says what a specification is.
 """
 
 import argparse
+import dataclasses
 import json
 import os
 import pathlib
 import re
 import statistics
-import time
-from collections.abc import Callable
-from typing import NamedTuple
+import sys
+from typing import Any
 
-import jax
-import numpy as np
+from benchmarks.suites import HEADS, SUITES, Ratio, Spec, Suite
 
-from benchmarks import kernel_times
-from benchmarks.settings import configured
-from convattn_jax import optim, train
-from convattn_jax.config import from_config
-from convattn_jax.kernels.attend import attend_by
-from convattn_jax.masking import MaskingConfig, Vocabulary
-from convattn_jax.model.config import ModelConfig
-from convattn_jax.model.mlm import MaskedLM
-from convattn_jax.objective import MaskedLanguageModelling
-
-SPECIAL = 5  # ids 0 to 4: padding, unknown, [CLS], [SEP], [MASK]
-
-
-class Stepper(NamedTuple):
-    """A training step that is compiled and has its state."""
-
-    run: Callable[[int], None]  # some steps, and waits for the last
-    program: Callable[[], str]  # XLA's text of the compiled step
-
-
-def stepper(spec: str, assignments: list[str], batch: int, length: int, vocabulary: int) -> Stepper:
-    """The training step of a configuration."""
-    file, *own = spec.split("@")
-    config = configured(file, [*assignments, *own])
-    special = np.arange(vocabulary) < SPECIAL
-    shape = from_config(ModelConfig, config.model, "model.")
-    model = MaskedLM(shape, vocabulary, attend_by(shape.kernel))
-    masking = from_config(MaskingConfig, config.masking, "masking.")
-    unigram = np.zeros(model.vocab_rows, np.float32)
-    objective = MaskedLanguageModelling(model, Vocabulary(4, special, ~special), config.data.layout, masking, unigram)
-    optimizer = optim.make_optimizer(from_config(optim.OptimizerConfig, config.optimizer, "optimizer."), 1000)
-    step = jax.jit(train.make_train_step(objective, optimizer, 0), donate_argnums=0)
-
-    @jax.jit
-    def start(key: jax.Array) -> train.TrainState:
-        params = model.initial_params(key)
-        return train.TrainState(jax.numpy.zeros((), jax.numpy.int32), params, optimizer.init(params))
-
-    rows = np.random.default_rng(0).integers(SPECIAL, vocabulary, (8, batch, length), np.uint16)
-    rows[:, :, 0], rows[:, :, length // 2], rows[:, :, -1] = 2, 3, 3
-    batches = [jax.device_put(part) for part in rows]
-    state = start(jax.random.key(0))
-    compiled = step.lower(state, batches[0]).compile()
-
-    def run(steps: int) -> None:
-        nonlocal state
-        sums = None
-        for i in range(steps):
-            state, sums = compiled(state, batches[i % len(batches)])
-        jax.block_until_ready(sums)
-
-    return Stepper(run, lambda: compiled.as_text() or "")
-
-
-def profile(runs: dict[str, Stepper], folder: pathlib.Path, steps: int) -> None:
-    """Traces some steps of each and prints where the device time goes."""
-    options = jax.profiler.ProfileOptions()
-    options.python_tracer_level = 0
-    for spec, step in runs.items():
-        step.run(2)
-        inside = folder / re.sub(r"[^\w.=]+", "-", spec)
-        inside.mkdir(parents=True, exist_ok=True)
-        with jax.profiler.trace(str(inside), profiler_options=options):
-            step.run(steps)
-        (inside / "program.txt").write_text(step.program())
-        (inside / "steps.txt").write_text(str(steps))
-        print(f"\n{spec}: {inside}\n{kernel_times.analyse(inside)}", flush=True)
+os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # PyTorch shares the GPU
+MATRIX, MATRIX_SIZE = "matrix product", 8192
 
 
 def main() -> None:
-    """Prints a table, the first configuration as the yardstick, and writes JSON lines."""
+    """Runs the suites, prints their tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--configs", default="configs/composite.py,configs/bert.py", help="comma-separated FILE[:SIZE][@KEY=VALUE...]"
-    )
-    parser.add_argument("--batch", type=int, default=32, help="rows per step")
-    parser.add_argument("--length", type=int, default=64, help="tokens per row")
-    parser.add_argument("--vocabulary", type=int, default=4096, help="ids")
+    parser.add_argument("--suite", default="demo", help=f"by commas: {', '.join(SUITES)}")
+    parser.add_argument("--configs", help="instead: comma-separated FILE[:SIZE][@KEY=VALUE...], transformers:SIZE")
+    parser.add_argument("--only", default="", help="rows of a suite whose names hold one of these words, by commas")
+    parser.add_argument("--authors", default="", metavar="PATH", help="a checkout of the paper's PyTorch code")
+    parser.add_argument("--batch", type=int, help="rows per step")
+    parser.add_argument("--length", type=int, help="tokens per row")
+    parser.add_argument("--vocabulary", type=int, help="ids")
     parser.add_argument("--steps", type=int, default=5, help="steps per turn")
-    parser.add_argument("--turns", type=int, default=5, help="turns of each configuration")
+    parser.add_argument("--turns", type=int, default=5, help="turns of each contender")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="e.g. model.dtype=float32")
-    parser.add_argument(
-        "--profile", type=pathlib.Path, metavar="DIR", help="trace --steps steps of each, and stop there"
-    )
-    parser.add_argument("--json", help="a file for the figures as JSON lines")
+    parser.add_argument("--profile", type=pathlib.Path, metavar="DIR", help="trace --steps steps of ours, no more")
+    parser.add_argument("--out", type=pathlib.Path, help="folder for the results")
     args = parser.parse_args()
     if args.profile:  # kernels inside of a CUDA graph don't say which operation they belong to
         os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_gpu_enable_command_buffer="
 
-    runs, compile_seconds, seconds = {}, {}, {}
-    for spec in args.configs.split(","):
-        began = time.perf_counter()
-        runs[spec] = stepper(spec, args.set, args.batch, args.length, args.vocabulary)
-        runs[spec].run(1)
-        compile_seconds[spec], seconds[spec] = time.perf_counter() - began, []
-    if args.profile:
-        profile(runs, args.profile, args.steps)
-        return
-    for _ in range(args.turns):
-        for spec, step in runs.items():
-            began = time.perf_counter()
-            step.run(args.steps)
-            seconds[spec].append((time.perf_counter() - began) / args.steps)
+    records, tables = [], []
+    for name in ["custom"] if args.configs else args.suite.split(","):
+        if not args.configs and name not in SUITES:
+            parser.error(f"--suite={name} is unknown; there are: {', '.join(SUITES)}")
+        suite = chosen(args, None if args.configs else SUITES[name])
+        if args.profile:
+            profile(suite, args)
+            continue
+        times, facts = measure(suite, args)
+        found = [{"suite": name} | record for record in figures(suite, times, facts)]
+        records += found
+        tables.append(markdown(suite, found, facts["device"]))
+        print("\n" + tables[-1], flush=True)
+        if args.out:  # after every suite: what is measured stays
+            args.out.mkdir(parents=True, exist_ok=True)
+            (args.out / "step.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+            (args.out / "step.md").write_text("\n".join(tables))
+            picture(records, args.out / "step.png")
 
-    device = jax.devices()[0].device_kind
-    print(f"{device}, JAX {jax.__version__}, {args.batch} x {args.length} tokens, {args.turns} turns")
-    yardstick = statistics.median(next(iter(seconds.values())))
-    lines = []
-    for spec, times in seconds.items():
-        median = statistics.median(times)
-        tokens = args.batch * args.length / median
-        print(
-            f"  {spec:48} {median * 1e3:9.2f} ms ({min(times) * 1e3:.2f} to {max(times) * 1e3:.2f})  "
-            f"{tokens:12,.0f} tokens/s  x {median / yardstick:.3f}  first step {compile_seconds[spec]:.1f} s"
-        )
-        lines.append({
-            "config": spec, "device": device, "jax": jax.__version__, "batch": args.batch, "length": args.length,
-            "step_ms": [t * 1e3 for t in times], "tokens_per_second": tokens, "first_step_s": compile_seconds[spec],
-        })  # fmt: skip
-    if args.json:
-        with open(args.json, "a") as file:
-            file.writelines(json.dumps(line) + "\n" for line in lines)
+
+def chosen(args: argparse.Namespace, suite: Suite | None) -> Suite:
+    """A suite with the command line's own rows and shape."""
+    if suite is None:
+        suite = dataclasses.replace(SUITES["demo"], rows={spec: spec for spec in args.configs.split(",")}, ratios=())
+    words = args.only.split(",")
+    rows = {name: spec for name, spec in suite.rows.items() if any(word in name for word in words)}
+    shape = {name: getattr(args, name) for name in ("batch", "length", "vocabulary") if getattr(args, name)}
+    return dataclasses.replace(suite, rows=rows, **shape)
+
+
+def measure(suite: Suite, args: argparse.Namespace) -> tuple[dict[str, list[float]], dict[str, Any]]:
+    """Seconds a step of every contender in every turn, and what else is known of them."""
+    import jax
+
+    from benchmarks import ours, peers
+
+    rows = ours.random_rows(suite.batch, suite.length, suite.vocabulary)
+    specs = {name: Spec.parse(text) for name, text in suite.rows.items()}
+    own = ours.steppers({n: s for n, s in specs.items() if not s.peer}, args.set, rows, suite.vocabulary, leave_out)
+    runs = {name: stepper.run for name, stepper in own.items()}
+    facts: dict[str, Any] = {
+        "device": f"{jax.devices()[0].device_kind}, JAX {jax.__version__}",
+        "arithmetic": {name: stepper.arithmetic for name, stepper in own.items()},
+        "temporary_bytes": {name: stepper.temporary_bytes for name, stepper in own.items()},
+        "peers": {},
+    }
+    if jax.default_backend() != "cpu":
+        runs[MATRIX] = ours.matrix_product(MATRIX_SIZE)
+    started: list[peers.Peer] = []
+    saved = peers.save_rows(rows)
+    try:
+        for name, spec in specs.items():
+            if not spec.peer or (spec.peer == "authors" and not args.authors):
+                continue
+            try:
+                peer = peers.Peer(peer_config(spec, suite, args, saved))
+            except peers.LeftOutError as error:
+                leave_out(name, error)
+                continue
+            started.append(peer)
+            runs[name], facts["peers"][name] = peer.run, peer.facts
+            print(f"{name}: {peer.facts}", file=sys.stderr)
+        for name, run in list(runs.items()):
+            try:
+                run(2)
+            except Exception as error:
+                leave_out(name, error)
+                del runs[name]
+        times: dict[str, list[float]] = {name: [] for name in runs}
+        for _ in range(args.turns):
+            for name, run in runs.items():
+                run(1)  # so that nobody pays for whoever ran before
+                times[name].append(run(args.steps) / args.steps)
+    finally:
+        for peer in started:
+            peer.close()
+        os.remove(saved)
+    return times, facts
+
+
+def leave_out(name: str, error: Exception) -> None:
+    """Says why a contender has no row."""
+    lines = str(error).splitlines() or [""]
+    print(f"{name}: left out, {type(error).__name__}: {lines[0][:300]}", file=sys.stderr, flush=True)
+
+
+def peer_config(spec: Spec, suite: Suite, args: argparse.Namespace, rows: str) -> Any:
+    """A peer of the size that configs/base.py calls so, with the same vocabulary rows as ours."""
+    from benchmarks.peers import PeerConfig
+    from benchmarks.settings import configured
+
+    config = configured(f"configs/base.py:{spec.source.partition(':')[2] or 'base'}", [*args.set, *spec.assignments])
+    m = config.model
+    head = spec.options.get("head", "all")
+    if head not in HEADS:
+        raise SystemExit(f"head={head} is unknown; there are: {', '.join(HEADS)}")
+    return PeerConfig(
+        kind=spec.source.partition(":")[0], width=m.width, layers=m.layers, heads=m.heads, hidden=m.hidden,
+        embedding=m.embedding, vocabulary=-(-suite.vocabulary // m.vocab_multiple) * m.vocab_multiple,
+        length=suite.length, dropout=m.dropout, attention_dropout=m.attention_dropout, radius=m.radius,
+        rate=config.masking.rate,
+        dtype=m.dtype, rows=rows, path=args.authors, head=head,
+        compile=spec.options.get("compile", "True"), sdpa=spec.options.get("sdpa", "auto"),
+    )  # fmt: skip
+
+
+def profile(suite: Suite, args: argparse.Namespace) -> None:
+    """Traces some steps of each of ours and prints where the device time goes."""
+    import jax
+
+    from benchmarks import kernel_times, ours
+
+    options = jax.profiler.ProfileOptions()
+    options.python_tracer_level = 0
+    rows = ours.random_rows(suite.batch, suite.length, suite.vocabulary)
+    specs = {name: spec for name, text in suite.rows.items() if not (spec := Spec.parse(text)).peer}
+    for name, step in ours.steppers(specs, args.set, rows, suite.vocabulary, leave_out).items():
+        step.run(2)
+        inside = args.profile / re.sub(r"[^\w.=]+", "-", name)
+        inside.mkdir(parents=True, exist_ok=True)
+        with jax.profiler.trace(str(inside), profiler_options=options):
+            step.run(args.steps)
+        (inside / "program.txt").write_text(step.program())
+        (inside / "steps.txt").write_text(str(args.steps))
+        print(f"\n{name}: {inside}\n{kernel_times.analyse(inside)}", flush=True)
+
+
+# --- report ----------------------------------------------------------------------------------------------------------
+
+
+def figures(suite: Suite, times: dict[str, list[float]], facts: dict[str, Any]) -> list[dict[str, Any]]:
+    """A record per contender and per ratio."""
+    medians = {name: statistics.median(values) for name, values in times.items()}
+    rate = 10 * 2 * MATRIX_SIZE**3 / medians[MATRIX] if MATRIX in medians else None
+    records = []
+    for name, values in times.items():
+        record: dict[str, Any] = {"contender": name, "device": facts["device"], "step_ms": [t * 1e3 for t in values]}
+        if name == MATRIX:
+            record["flops_per_second"] = rate
+        else:
+            tokens = suite.batch * suite.length
+            record |= {"spec": suite.rows[name], "batch": suite.batch, "length": suite.length}
+            record["tokens_per_second"] = tokens / medians[name]
+            record |= facts["peers"].get(name, {})
+        if name in facts["arithmetic"]:
+            arithmetic = facts["arithmetic"][name]
+            record |= {"arithmetic": arithmetic, "temporary_bytes": facts["temporary_bytes"][name]}
+            record["of_matrix_rate"] = arithmetic / medians[name] / rate if rate else None
+        records.append(record)
+    for ratio in suite.ratios:
+        value = quotient(ratio, medians)
+        if value is not None:
+            spread = [
+                quotient(ratio, {n: t[i] for n, t in times.items()}) for i in range(len(next(iter(times.values()))))
+            ]
+            records.append({"ratio": ratio.name, "value": value, "turns": spread})
+    return records
+
+
+def quotient(ratio: Ratio, seconds: dict[str, float]) -> float | None:
+    """The ratio, of those that ran; None where one side has nobody."""
+    of, to = ([seconds[name] for name in side if name in seconds] for side in (ratio.of, ratio.to))
+    if not of or not to:
+        return None
+    return min(to) / min(of) if ratio.speed else min(of) / min(to)
+
+
+def markdown(suite: Suite, records: list[dict[str, Any]], device: str) -> str:
+    """The contenders, then the ratios."""
+    lines = [
+        f"{suite.batch} x {suite.length} tokens, vocabulary {suite.vocabulary:,}; {device}",
+        "",
+        "| | ms a step | tokens/s | model arithmetic / matrix rate |",
+        "|---|---|---|---|",
+    ]
+    for record in records:
+        if "ratio" in record:
+            continue
+        low, middle, high = min(record["step_ms"]), statistics.median(record["step_ms"]), max(record["step_ms"])
+        cells = [record["contender"], f"{middle:.2f} ({low:.2f} to {high:.2f})"]
+        if record["contender"] == MATRIX:
+            cells = [
+                f"{MATRIX_SIZE}^3 bf16 product",
+                f"{middle / 10:.3f}",
+                "",
+                f"{record['flops_per_second'] / 1e12:.0f} TFLOP/s",
+            ]
+        else:
+            share = record.get("of_matrix_rate")
+            cells += [f"{record['tokens_per_second']:,.0f}", f"{share:.3f}" if share else ""]
+        lines.append("| " + " | ".join(cells) + " |")
+    ratios = [record for record in records if "ratio" in record]
+    if ratios:
+        lines += ["", "| ratio | of the medians | within turns |", "|---|---|---|"]
+        lines += [
+            f"| {r['ratio']} | {r['value']:.3f} | {min(r['turns']):.3f} to {max(r['turns']):.3f} |" for r in ratios
+        ]
+    return "\n".join(lines) + "\n"
+
+
+def picture(records: list[dict[str, Any]], path: pathlib.Path) -> None:
+    """Tokens a second of every contender, a panel per suite."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    rows = [record for record in records if "tokens_per_second" in record]
+    suites = list(dict.fromkeys(record["suite"] for record in rows))
+    counts = [sum(record["suite"] == suite for record in rows) for suite in suites]
+    figure, axes = plt.subplots(
+        len(suites), 1, figsize=(9, 0.8 * len(suites) + 0.3 * sum(counts)), layout="constrained", squeeze=False,
+        height_ratios=counts,
+    )  # fmt: skip
+    for suite, axis in zip(suites, axes[:, 0], strict=True):
+        here = [record for record in rows if record["suite"] == suite][::-1]
+        speeds = [record["tokens_per_second"] for record in here]
+        tokens = [record["batch"] * record["length"] * 1e3 for record in here]
+        slow = [v - n / max(r["step_ms"]) for v, n, r in zip(speeds, tokens, here, strict=True)]
+        fast = [n / min(r["step_ms"]) - v for v, n, r in zip(speeds, tokens, here, strict=True)]
+        colours = ["tab:gray" if Spec.parse(record["spec"]).peer else "tab:blue" for record in here]
+        axis.barh([record["contender"] for record in here], speeds, xerr=[slow, fast], color=colours)
+        axis.set(title=f"{suite}: {here[0]['batch']} x {here[0]['length']}", xlabel="tokens/s")
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,270 @@
+"""PyTorch's BERT as a contender of `benchmarks.step`: a process of its own that runs steps on demand.
+
+The peer gets what its users give it: bf16 autocast, fused AdamW, gradients clipped at 1.0, scaled_dot_product_attention
+by the fastest of PyTorch's kernels, torch.compile; the vocabulary padded as ours; token rows that are masked already
+(ours masks within the step). A process of its own because the authors' package is called transformers too.
+"""
+
+import dataclasses
+import json
+import math
+import os
+import pathlib
+import subprocess
+import sys
+import tempfile
+import time
+from typing import Any
+
+import numpy as np
+
+# torch and transformers are imported where they are used: this module also serves the side that has neither
+# pyright: reportMissingImports=false
+
+SDPA = {"flash": "FLASH_ATTENTION", "cudnn": "CUDNN_ATTENTION", "efficient": "EFFICIENT_ATTENTION"}
+MASK = 4
+
+
+@dataclasses.dataclass(frozen=True)
+class PeerConfig:
+    """All that a peer's process is told."""
+
+    kind: str  # transformers | authors
+    width: int
+    layers: int
+    heads: int
+    hidden: int
+    embedding: int
+    vocabulary: int
+    length: int
+    dropout: float
+    attention_dropout: float
+    radius: int
+    rate: float  # of masked tokens
+    dtype: str  # of products: bfloat16 (autocast) | float32
+    rows: str  # an .npy file, (batches, B, T)
+    path: str = ""  # of the authors' code
+    head: str = "all"
+    compile: str = "True"
+    sdpa: str = "auto"
+
+
+class LeftOutError(Exception):
+    """A peer that cannot run here, and why."""
+
+
+class Peer:
+    """The near side: starts the process, asks it for steps."""
+
+    def __init__(self, config: PeerConfig):
+        command = [sys.executable, "-m", "benchmarks.peers", json.dumps(dataclasses.asdict(config))]
+        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        self.facts = self._answer()
+
+    def run(self, steps: int) -> float:
+        """Seconds for some steps."""
+        assert self.process.stdin is not None
+        self.process.stdin.write(f"{steps}\n")
+        self.process.stdin.flush()
+        return self._answer()["seconds"]
+
+    def close(self) -> None:
+        """Ends the process."""
+        self.process.communicate()
+
+    def _answer(self) -> dict[str, Any]:
+        assert self.process.stdout is not None
+        line = self.process.stdout.readline()
+        answer = json.loads(line) if line else {}
+        if not line or "error" in answer:
+            self.close()
+            raise LeftOutError(answer.get("error", f"its process ended with status {self.process.returncode}"))
+        return answer
+
+
+def save_rows(rows: np.ndarray) -> str:
+    """A temporary .npy file, for peers to read; the caller removes it."""
+    file, name = tempfile.mkstemp(suffix=".npy")
+    os.close(file)
+    np.save(name, rows)
+    return name
+
+
+# --- the process -----------------------------------------------------------------------------------------------------
+
+
+def masked_batches(rows: np.ndarray, rate: float, head: str) -> list[dict[str, np.ndarray]]:
+    """Ids with a share of each row's ordinary tokens hidden; labels for every position, or positions and labels."""
+    random = np.random.default_rng(1)
+    batches = []
+    for ids in rows.astype(np.int64):
+        valid = ids != 0
+        ordinary = ids > MASK
+        slots = math.ceil(rate * ids.shape[1])
+        wanted = np.clip(np.round(rate * ordinary.sum(1)).astype(int), 1, slots)
+        positions = np.argsort(np.where(ordinary, random.random(ids.shape), 2.0), axis=1)[:, :slots]
+        chosen = np.arange(slots) < wanted[:, None]
+        picked = np.where(chosen, np.take_along_axis(ids, positions, 1), -100)
+        labels = np.full_like(ids, -100)
+        np.put_along_axis(labels, positions, picked, 1)
+        types = np.where(valid, (np.cumsum(ids == 3, axis=1) - (ids == 3) > 0), 0)
+        batch = {"input_ids": np.where(labels != -100, MASK, ids), "token_type_ids": types.astype(np.int64)}
+        if not valid.all():
+            batch["attention_mask"] = valid.astype(np.int64)
+        batch |= {"labels": picked, "positions": positions} if head == "masked" else {"labels": labels}
+        batches.append(batch)
+    return batches
+
+
+def transformers_model(c: PeerConfig) -> Any:
+    """BertForMaskedLM with fresh weights."""
+    from transformers import BertConfig, BertForMaskedLM
+
+    return BertForMaskedLM(
+        BertConfig(
+            vocab_size=c.vocabulary, hidden_size=c.width, num_hidden_layers=c.layers, num_attention_heads=c.heads,
+            intermediate_size=c.hidden, hidden_dropout_prob=c.dropout,
+            attention_probs_dropout_prob=c.attention_dropout, max_position_embeddings=max(512, c.length),
+            attn_implementation="sdpa",
+        )
+    )  # fmt: skip
+
+
+def authors_model(c: PeerConfig) -> Any:
+    """Composite attention, fixed and query-dynamic, without position embeddings, by the paper's own code."""
+    import importlib
+    import types
+
+    package = types.ModuleType("authors")  # their package without its __init__, which imports what nobody needs here
+    package.__path__ = [str(pathlib.Path(c.path) / "src" / "transformers")]
+    vars(package)["__version__"] = ""
+    sys.modules["authors"] = package
+    configuration = importlib.import_module("authors.configuration_bert")
+    modeling = importlib.import_module("authors.modeling_bert")
+    return modeling.BertForMaskedLM(
+        configuration.BertConfig(
+            vocab_size=c.vocabulary, embedding_size=c.embedding, hidden_size=c.width, num_hidden_layers=c.layers,
+            num_attention_heads=c.heads, intermediate_size=c.hidden, hidden_dropout_prob=c.dropout,
+            attention_probs_dropout_prob=c.attention_dropout, max_position_embeddings=c.length,
+            attention_kernel=f"qk_convfixed_convq {c.radius}", remove_position_embeddings=True,
+        )
+    )  # fmt: skip
+
+
+MODELS = {"transformers": transformers_model, "authors": authors_model}
+
+
+def fastest_sdpa(c: PeerConfig, batch: int, masked: bool) -> str:
+    """The kernel that is fastest for attention alone at this shape, forward and backward, dropout included."""
+    import torch
+    from torch.nn.functional import scaled_dot_product_attention
+
+    shape = (batch, c.length, c.heads, c.width // c.heads)
+    q, k, v, g = (torch.randn(shape, device="cuda", dtype=torch.bfloat16).transpose(1, 2) for _ in range(4))
+    mask = torch.ones((batch, 1, 1, c.length), device="cuda", dtype=torch.bool) if masked else None
+    inputs = [x.requires_grad_() for x in (q, k, v)]
+    times = {}
+    for name in ("default", *SDPA):
+
+        def once(name=name):
+            with forced_sdpa(name):
+                out = scaled_dot_product_attention(*inputs, attn_mask=mask, dropout_p=c.attention_dropout)
+                torch.autograd.grad(out, inputs, g)
+
+        try:
+            for _ in range(3):
+                once()
+            torch.cuda.synchronize()
+            began = time.perf_counter()
+            for _ in range(20):
+                once()
+            torch.cuda.synchronize()
+            times[name] = time.perf_counter() - began
+        except RuntimeError:  # this kernel doesn't take the shape
+            continue
+    print(f"SDPA: {times}", file=sys.stderr)
+    return min(times, key=lambda name: times[name])
+
+
+def forced_sdpa(name: str) -> Any:
+    """A context in which one kernel alone may serve."""
+    import contextlib
+
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    return contextlib.nullcontext() if name == "default" else sdpa_kernel(getattr(SDPBackend, SDPA[name]))
+
+
+def serve(c: PeerConfig, out: Any) -> None:
+    """Builds the model, says so, then runs as many steps as each line asks for."""
+    import torch
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    torch.manual_seed(0)
+    rows = np.load(c.rows)
+    batches = [
+        {name: torch.from_numpy(values).to(device) for name, values in batch.items()}
+        for batch in masked_batches(rows, c.rate, c.head)
+    ]
+    model = MODELS[c.kind](c).to(device).train()
+    optimizer = torch.optim.AdamW(
+        [p for p in model.parameters() if p.requires_grad], lr=1e-4, eps=1e-6, weight_decay=0.01, fused=True
+    )
+    sdpa = "default"
+    if c.kind == "transformers" and device == "cuda":
+        sdpa = fastest_sdpa(c, rows.shape[1], "attention_mask" in batches[0]) if c.sdpa == "auto" else c.sdpa
+
+    def loss_of(batch):
+        if c.head == "all":
+            return model(**batch)[0]
+        rest = {name: values for name, values in batch.items() if name not in ("labels", "positions")}
+        hidden = model.bert(**rest)[0]
+        index = batch["positions"][..., None].expand(-1, -1, hidden.shape[-1])
+        logits = model.cls(hidden.gather(1, index))
+        return torch.nn.functional.cross_entropy(logits.flatten(0, 1), batch["labels"].flatten())
+
+    loss_of = torch.compile(loss_of, dynamic=False) if c.compile == "True" else loss_of
+
+    def run(steps):
+        loss = None
+        for i in range(steps):
+            with torch.autocast(device, torch.bfloat16, enabled=c.dtype == "bfloat16"), forced_sdpa(sdpa):
+                loss = loss_of(batches[i % len(batches)])
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+        if device == "cuda":
+            torch.cuda.synchronize()
+        return loss
+
+    began = time.perf_counter()
+    run(3)
+    facts = {"sdpa": sdpa, "torch": torch.__version__, "first_steps_s": time.perf_counter() - began}
+    if c.kind == "transformers":
+        import transformers
+
+        facts["transformers"] = transformers.__version__
+    print(json.dumps(facts), file=out, flush=True)
+    for line in sys.stdin:
+        run(1)  # memory is allocated afresh: between turns it is given back
+        began = time.perf_counter()
+        run(int(line))
+        print(json.dumps({"seconds": time.perf_counter() - began}), file=out, flush=True)
+        if device == "cuda":
+            torch.cuda.empty_cache()
+
+
+def main() -> None:
+    """The far side."""
+    out, sys.stdout = sys.stdout, sys.stderr  # what libraries print is no answer
+    try:
+        serve(PeerConfig(**json.loads(sys.argv[1])), out)
+    except Exception as error:
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        print(json.dumps({"error": reason[:300]}), file=out, flush=True)
+        raise SystemExit(1) from error
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,119 @@
+import dataclasses
+import os
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny
+
+from benchmarks import ours, peers, step
+from benchmarks.settings import configured
+from benchmarks.suites import COMPOSITE, HF, PLAIN, SUITES, Ratio, Spec, Suite
+from convattn_jax.config import from_config
+from convattn_jax.masking import MaskingConfig, Vocabulary
+from convattn_jax.model.config import ModelConfig
+from convattn_jax.model.mlm import MaskedLM
+from convattn_jax.objective import MaskedLanguageModelling
+
+PEER = peers.PeerConfig(
+    kind="transformers", width=16, layers=1, heads=2, hidden=32, embedding=16, vocabulary=48, length=16, dropout=0.1,
+    attention_dropout=0.1, radius=2, rate=0.15, dtype="float32", rows="",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("module", ["step", "attention", "kernel_times"])
+def test_help_needs_neither_jax_nor_torch(module):
+    code = f"import sys; sys.modules.update(jax=None, torch=None); sys.argv = ['', '--help']; import benchmarks.{module} as m; m.main()"  # noqa: E501
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "usage:" in done.stdout
+
+
+@pytest.mark.parametrize("name", SUITES)
+def test_suites_name_configurations_that_exist_and_rows_that_are_theirs(name):
+    suite = SUITES[name]
+    for text in suite.rows.values():
+        spec = Spec.parse(text)
+        source = f"configs/base.py:{spec.source.partition(':')[2]}" if spec.peer else spec.source
+        from_config(ModelConfig, configured(source, list(spec.assignments)).model)
+    named = {row for ratio in suite.ratios for row in (*ratio.of, *ratio.to)}
+    missing = named - set(suite.rows)
+    assert all(row.startswith("authors'") for row in missing), missing
+
+
+def test_model_arithmetic_of_bert_base():
+    shape = from_config(ModelConfig, configured("configs/composite.py:base", []).model)
+    flops = ours.model_arithmetic(shape, 30_080, 256, 128, 256 * 20)
+    assert flops == pytest.approx(17.9e12, rel=0.01)
+
+
+def test_ratios_take_the_fastest_of_each_side_and_skip_sides_without_anyone():
+    seconds = {"a": 2.0, "b": 1.0, "c": 4.0}
+    assert step.quotient(Ratio("", ("c",), ("a", "b")), seconds) == 4
+    assert step.quotient(Ratio("", ("b",), ("a", "c"), speed=True), seconds) == 2
+    assert step.quotient(Ratio("", ("b",), ("gone",)), seconds) is None
+
+
+def test_the_report_holds_every_contender_and_ratio(tmp_path):
+    rows = {COMPOSITE: "configs/composite.py", PLAIN: "configs/no_positions.py", HF: "transformers:tiny"}
+    suite = Suite(2, 8, 64, rows, (Ratio("composite / plain", (COMPOSITE,), (PLAIN,)), Ratio("none", ("x",), (HF,))))
+    times = {COMPOSITE: [0.2, 0.1, 0.3], PLAIN: [0.1, 0.1, 0.1], HF: [0.4, 0.4, 0.4], step.MATRIX: [0.01] * 3}
+    facts = {"device": "chip", "arithmetic": {COMPOSITE: 4e13}, "temporary_bytes": {COMPOSITE: 7}, "peers": {}}
+    records = [{"suite": "s"} | record for record in step.figures(suite, times, facts)]
+    by_name = {record.get("contender", record.get("ratio")): record for record in records}
+    assert by_name[COMPOSITE]["tokens_per_second"] == 80
+    assert by_name[COMPOSITE]["of_matrix_rate"] == pytest.approx(4e13 / 0.2 / (10 * 2 * 8192**3 / 0.01))
+    assert by_name["composite / plain"]["turns"] == pytest.approx([2, 1, 3])
+    assert "none" not in by_name
+    table = step.markdown(suite, records, "chip")
+    assert "| composite | 200.00 (100.00 to 300.00) | 80 |" in table
+    assert "| composite / plain | 2.000 | 1.000 to 3.000 |" in table
+    step.picture(records, tmp_path / "step.png")
+    assert (tmp_path / "step.png").stat().st_size > 5000
+
+
+def test_scoring_every_position_is_the_same_loss():
+    model = MaskedLM(tiny.model_config(layers=1, scores=("content",)), 48)
+    special = np.arange(48) < ours.SPECIAL
+    parts = model, Vocabulary(4, special, ~special), "pairs", MaskingConfig(0.15, False), np.zeros(48, np.float32)
+    rows = jnp.asarray(ours.random_rows(3, 16, 48)[0])
+    params = jax.jit(model.initial_params)(jax.random.key(0))
+    sums = []
+    for objective in (MaskedLanguageModelling(*parts), ours.EveryPosition(*parts)):
+        batch, weight = jax.jit(objective.prepare)(jax.random.key(1), rows)
+        sums.append({**jax.jit(objective.sums)(params, batch, None), "prepared": weight})
+    assert sums[0]["weight"] == sums[0]["prepared"] == 6
+    for name, value in sums[0].items():
+        np.testing.assert_allclose(sums[1][name], value, rtol=1e-5)
+
+
+def test_peers_get_rows_with_the_asked_share_hidden():
+    rows = ours.random_rows(4, 40, 200)
+    rows[:, 1, 30:] = 0
+    everywhere, masked = (peers.masked_batches(rows, 0.15, head)[0] for head in ("all", "masked"))
+    scored = everywhere["labels"] != -100
+    assert scored.sum(1).tolist() == [6, 4, 6, 6]  # 15 % of 37 and of 28 ordinary tokens
+    assert (everywhere["input_ids"][scored] == peers.MASK).all()
+    assert (everywhere["labels"][scored] == rows[0][scored]).all()
+    assert (everywhere["input_ids"][~scored] == rows[0][~scored]).all()
+    assert (everywhere["attention_mask"] == (rows[0] != 0)).all()
+    for row, at, labels in zip(range(4), masked["positions"], masked["labels"], strict=True):
+        assert set(at[labels != -100]) == set(np.flatnonzero(scored[row]))
+        assert (labels[labels != -100] == rows[0][row, at[labels != -100]]).all()
+
+
+def test_a_peer_whose_library_is_missing_says_so(tmp_path, monkeypatch):
+    (tmp_path / "torch.py").write_text("raise ImportError('no torch here')")
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}{os.pathsep}{os.environ.get('PYTHONPATH', '')}")
+    with pytest.raises(peers.LeftOutError, match="no torch here"):
+        peers.Peer(PEER)
+
+
+def test_authors_code_that_is_not_at_the_path_is_an_error(tmp_path, monkeypatch):
+    monkeypatch.delitem(sys.modules, "authors", raising=False)
+    with pytest.raises(ModuleNotFoundError, match="authors"):
+        peers.authors_model(dataclasses.replace(PEER, kind="authors", path=str(tmp_path)))
+    del sys.modules["authors"]
