@@ -1,0 +1,54 @@
+# shellcheck shell=bash disable=SC2034
+# What the launch scripts share: printing a command instead of running it, and stopping with one line.
+set -euo pipefail
+
+repository=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+dry_run=no
+
+# The words as one line that a shell reads back as the same words.
+quote() {
+    local word line=''
+    for word in "$@"; do
+        case $word in
+            '' | *[!A-Za-z0-9_./:=@%+,-]*) word="'$(printf '%s' "$word" | sed "s/'/'\\\\''/g")'" ;;
+        esac
+        line+="${line:+ }$word"
+    done
+    printf '%s\n' "$line"
+}
+
+# Runs a command, or prints it.
+run() {
+    if [[ $dry_run == yes ]]; then quote "$@"; else "$@"; fi
+}
+
+# A remark: on stderr, or among the printed commands as a comment.
+note() {
+    if [[ $dry_run == yes ]]; then printf '# %s\n' "$*"; else printf '# %s\n' "$*" >&2; fi
+}
+
+# One line on stderr; status 2, as convattn_jax.main ends when the user can mend it.
+fail() {
+    printf 'error: %s\n' "$*" >&2
+    exit 2
+}
+
+# Stops with one line unless every variable named has a value.
+need() {
+    local name
+    for name in "$@"; do
+        [[ -n ${!name:-} ]] || fail "$name is not set: give it before the command, as in $name=... ${0##*/} (see --help)"
+    done
+}
+
+# Takes --help and --dry-run off the front of the arguments; what is left is in `words`.
+options() {
+    while (($#)); do
+        case $1 in
+            --help | -h) usage && exit ;;
+            --dry-run) dry_run=yes && shift ;;
+            *) break ;;
+        esac
+    done
+    words=("$@")
+}

@@ -1,0 +1,69 @@
+#!/usr/bin/env bash
+# A run on this machine, from a fresh clone: makes .venv once, then uses all devices there are.
+# shellcheck source=launch/common.sh
+source "$(dirname "$0")/common.sh"
+
+usage() {
+    cat <<'HELP'
+usage: [SETTING=VALUE ...] launch/local.sh [--dry-run] ARGUMENTS
+
+  launch/local.sh --config=configs/composite.py
+
+installs this code in .venv the first time, and runs python -m convattn_jax.main ARGUMENTS.
+
+settings
+  EXTRAS     what to install with it: cuda, tpu, gcs, ... (commas between)  [cuda where there is an NVIDIA GPU]
+  DEVICES    pretend that the CPU is that many devices, to try a mesh
+  PROCESSES  as that many processes, one GPU each (or DEVICES), to try a run on many hosts  [1, with all devices]
+  PORT       where they meet                                                [12355]
+
+  --dry-run  print the commands, ready to be pasted, and run none
+HELP
+}
+
+options "$@"
+((${#words[@]})) || fail 'what is to be run? such as --config=configs/composite.py (see --help)'
+PROCESSES=${PROCESSES:-1}
+if [[ -z ${EXTRAS+set} ]] && command -v nvidia-smi > /dev/null; then EXTRAS=cuda; fi
+
+run cd "$repository"
+if [[ ! -e $repository/.venv/installed ]]; then
+    run python3 -m venv .venv
+    run .venv/bin/python -m pip install --quiet --editable ".${EXTRAS:+[$EXTRAS]}"
+    run touch .venv/installed
+fi
+
+main=(.venv/bin/python -m convattn_jax.main "${words[@]}")
+settings=()
+if [[ -n ${DEVICES:-} ]]; then
+    settings=(JAX_PLATFORMS=cpu XLA_FLAGS="--xla_force_host_platform_device_count=$DEVICES")
+fi
+if ((PROCESSES == 1)); then
+    run env ${settings[@]+"${settings[@]}"} "${main[@]}"
+    exit
+fi
+
+trap 'kill -TERM $(jobs -p) 2> /dev/null' TERM
+others=()
+for ((i = 0; i < PROCESSES; i++)); do
+    mine=(env)
+    if ((${#settings[@]})); then mine+=("${settings[@]}"); else mine+=(JAX_LOCAL_DEVICE_IDS="$i"); fi
+    mine+=("${main[@]}" "--coordinator=localhost:${PORT:-12355}" "--processes=$PROCESSES" "--process=$i")
+    if [[ $dry_run == yes ]]; then
+        printf '%s &\n' "$(quote "${mine[@]}")"
+    else
+        "${mine[@]}" &
+        others+=($!)
+    fi
+done
+if [[ $dry_run == yes ]]; then echo wait && exit; fi
+status=0
+for process in "${others[@]}"; do
+    until wait "$process"; do
+        ended=$?
+        kill -0 "$process" 2> /dev/null && continue # the wait was cut short by a signal
+        ((status)) || status=$ended
+        break
+    done
+done
+exit "$status"

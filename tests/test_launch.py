@@ -1,0 +1,478 @@
+"""launch/: what each script asks of gcloud, kubectl, docker, SLURM and this machine, and what it does if they fail."""
+
+import os
+import pathlib
+import re
+import shlex
+import shutil
+import signal
+import subprocess
+import time
+
+import pytest
+import yaml
+
+ROOT = pathlib.Path(__file__).parent.parent
+LAUNCH = ROOT / "launch"
+SCRIPTS = ("local.sh", "slurm.sbatch", "tpu_vm.sh", "gke.sh")
+TPU = {"ZONE": "us-west4-a", "TYPE": "v5litepod-16"}
+GKE = {"IMAGE": "registry/convattn@sha256:1", "TYPE": "tpu-v6e-slice", "TOPOLOGY": "4x4"}
+# Arguments that quoting may spoil.
+ARGUMENTS = [
+    "--config=configs/composite.py",
+    "--workdir=gs://bucket/run",
+    '--a=it\'s "x" & $HOME `id` \\ * @NAME@',
+    "--b=",
+]
+COMMANDS = ("gcloud", "kubectl", "docker", "sbatch", "srun", "squeue", "scontrol", "python", "python3", "sleep", "tail")
+OUTSIDE = ("gcloud", "kubectl", "docker", "sbatch", "srun", "squeue")
+
+
+class Stage:
+    """A folder in which scripts see stand-ins only; see stand_in.sh."""
+
+    def __init__(self, folder):
+        self.folder = folder
+        uv = folder / "image" / ".local" / "bin" / "uv"
+        for path in (folder / "bin", folder / "plan", uv.parent):
+            path.mkdir(parents=True)
+        for path in [uv, *(folder / "bin" / name for name in COMMANDS)]:
+            path.symlink_to(ROOT / "tests" / "stand_in.sh")
+
+    def plan(self, **events):
+        """What happens to those that ask: {event: outcomes in their order}; a `_` in a name stands for a space."""
+        for event, outcomes in events.items():
+            (self.folder / "plan" / event.replace("_", " ")).write_text("".join(f"{line}\n" for line in outcomes))
+
+    def environment(self, settings):
+        path = f"{self.folder / 'bin'}:/usr/bin:/bin"
+        return {"PATH": path, "STAGE": str(self.folder), "TMPDIR": str(self.folder), "HOME": "/nowhere", **settings}
+
+    def run(self, script, *words, cwd=None, **settings):
+        command = [LAUNCH / script] if isinstance(script, str) else script
+        environment = self.environment(settings)
+        return subprocess.run(
+            [*command, *words], env=environment, cwd=cwd or self.folder, capture_output=True, text=True, timeout=60
+        )
+
+    def calls(self, *names):
+        """(name, word, ...) of each call so far."""
+        file = self.folder / "calls"
+        rows = [tuple(line.split("\x1f")) for line in file.read_text().splitlines()] if file.exists() else []
+        return [row for row in rows if not names or row[0] in names]
+
+    def forget(self):
+        (self.folder / "calls").unlink(missing_ok=True)
+
+    def verbs(self):
+        """What was asked of gcloud, in order."""
+        return [" ".join(call[3:5]) for call in self.calls("gcloud")]
+
+
+@pytest.fixture
+def stage(tmp_path):
+    return Stage(tmp_path)
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_help_names_every_setting_and_does_nothing(stage, script):
+    said = stage.run(script, "--help")
+    assert said.returncode == 0
+    settings = set(re.findall(r"\$\{([A-Z][A-Z_]+)[:+}-]", (LAUNCH / script).read_text()))
+    for name in {"--dry-run", "ARGUMENTS", *(s for s in settings if not s.startswith(("SLURM_", "TMPDIR")))}:
+        assert re.search(rf"(?<!\w){name}(?!\w)", said.stdout), name
+    assert all(len(line) <= 120 for line in said.stdout.splitlines())
+    assert not stage.calls()
+
+
+STEPS = {
+    "tpu create": ("tpu_vm.sh", ["create"], TPU | {"SPOT": "yes", "PROJECT": "mine"}),
+    "tpu create at once": ("tpu_vm.sh", ["create"], TPU | {"QUEUED": "no", "NAME": "other"}),
+    "tpu wait": ("tpu_vm.sh", ["wait"], TPU),
+    "tpu copy": ("tpu_vm.sh", ["copy"], TPU),
+    "tpu install": ("tpu_vm.sh", ["install"], TPU),
+    "tpu run": ("tpu_vm.sh", ["run", *ARGUMENTS], TPU),
+    "tpu log": ("tpu_vm.sh", ["log"], TPU),
+    "tpu delete": ("tpu_vm.sh", ["delete"], TPU),
+    "gke build": ("gke.sh", ["build"], GKE),
+    "gke run": ("gke.sh", ["run", *ARGUMENTS], GKE),
+    "gke log": ("gke.sh", ["log"], GKE),
+    "gke delete": ("gke.sh", ["delete"], GKE),
+    "slurm": ("slurm.sbatch", ARGUMENTS, {"SLURM_JOB_ID": "7", "SLURM_CPUS_PER_TASK": "4"}),
+}
+
+
+@pytest.mark.parametrize("name", STEPS)
+def test_a_dry_run_runs_nothing_and_prints_what_can_be_pasted(stage, name):
+    script, words, settings = STEPS[name]
+
+    def begin():
+        stage.forget()
+        stage.plan(kubectl_get=["Completed"])
+        for path in stage.folder.glob("worker*"):
+            shutil.rmtree(path)
+        for home in ("worker0", "worker1") if script == "tpu_vm.sh" and words[0] != "create" else ():
+            shutil.copytree(stage.folder / "image", stage.folder / home)
+            (stage.folder / home / "convattn_jax").mkdir()
+            (stage.folder / home / "convattn_jax" / "run.log").touch()
+            (stage.folder / home / "convattn_jax" / "run.status").write_text("0\n")
+            (stage.folder / home / "convattn_jax" / "run.pid").write_text("4194305\n")  # above any process
+        (stage.folder / "slice").unlink(missing_ok=True)
+        if words[0] != "create":
+            (stage.folder / "slice").write_text("ACTIVE")
+
+    begin()
+    printed = stage.run(script, "--dry-run", *words, cwd=ROOT, **settings)
+    assert printed.returncode == 0, printed.stderr
+    assert not stage.calls()
+
+    stage.run(script, *words, cwd=ROOT, **settings)
+    real = stage.calls(*OUTSIDE)
+    begin()
+    stage.run(["bash", "-c", printed.stdout], cwd=ROOT, **settings)
+    assert stage.calls(*OUTSIDE) == real
+    assert real
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_what_is_missing_is_one_line(stage, script):
+    said = stage.run(script)
+    assert (said.returncode, said.stdout) == (2, "")
+    assert re.fullmatch(r"error: .*see --help\)\n", said.stderr)
+    assert not stage.calls()
+
+
+@pytest.mark.parametrize(
+    ("script", "words", "settings", "message"),
+    [
+        ("tpu_vm.sh", ["train"], {}, "ZONE is not set"),
+        ("tpu_vm.sh", ["create"], {"ZONE": "z"}, "TYPE is not set"),
+        ("tpu_vm.sh", ["launch"], TPU, "launch is no step"),
+        ("tpu_vm.sh", ["train", "--workdir=runs/x"], TPU | {"SPOT": "yes"}, "--workdir is not on gs://"),
+        ("gke.sh", ["run", "--workdir=gs://b/x"], {"IMAGE": "i", "TYPE": "t"}, "TOPOLOGY is not set"),
+        ("gke.sh", ["run", "--workdir=gs://b/x"], GKE | {"TOPOLOGY": "16"}, "TOPOLOGY=16 is none"),
+        ("gke.sh", ["run", "--workdir=gs://b/x"], GKE | {"CHIPS": "5"}, "TOPOLOGY=4x4 has 16 chips"),
+        ("gke.sh", ["run", "--workdir=runs/x"], GKE, "--workdir is not on gs://"),
+        ("gke.sh", ["apply"], GKE, "apply is no step"),
+    ],
+)
+def test_wrong_settings_are_one_line_before_anything_is_asked_for(stage, script, words, settings, message):
+    said = stage.run(script, *words, **settings)
+    assert said.returncode == 2
+    assert said.stderr.startswith(f"error: {message}")
+    assert said.stderr.count("\n") == 1
+    assert not stage.calls()
+
+
+# --- Cloud TPU ---
+
+
+def test_a_slice_is_asked_for_waited_for_and_trains_on_every_worker(stage):
+    stage.plan(slices=["WAITING_FOR_RESOURCES PROVISIONING ACTIVE"])
+    said = stage.run("tpu_vm.sh", "train", *ARGUMENTS, **TPU, SPOT="yes")
+    assert said.returncode == 0, said.stderr
+    assert "training" in said.stdout
+    create = stage.calls("gcloud")[1]
+    assert {"--accelerator-type=v5litepod-16", "--runtime-version=v2-alpha-tpuv5-lite", "--spot"} <= set(create)
+    assert stage.verbs()[:5] == ["queued-resources list", "queued-resources create", *3 * ["queued-resources list"]]
+    assert stage.calls("python") == 2 * [("python", "-m", "convattn_jax.main", *ARGUMENTS)]
+    for worker in ("worker0", "worker1"):
+        code = stage.folder / worker / "convattn_jax"
+        assert (code / "convattn_jax" / "main.py").read_text() == (ROOT / "convattn_jax" / "main.py").read_text()
+        assert (code / "configs" / "base.py").exists()
+        assert not list(code.rglob("__pycache__"))
+    installs = [call for call in stage.calls("uv") if "install" in call]
+    assert [call[-1] for call in installs] == 2 * [".[tpu,gcs]"]
+    assert "queued-resources delete" not in stage.verbs()  # its disks may hold the run
+
+
+def test_a_preempted_slice_is_deleted_asked_for_again_and_the_same_command_resumes(stage):
+    stage.plan(runs=["preempted", 0])
+    said = stage.run("tpu_vm.sh", "train", *ARGUMENTS, **TPU, SPOT="yes")
+    assert said.returncode == 0, said.stderr
+    assert "preempted; going on from the last checkpoint" in said.stderr
+    verbs = [verb for verb in stage.verbs() if verb.startswith("queued") and not verb.endswith("list")]
+    assert verbs == ["queued-resources create", "queued-resources delete", "queued-resources create"]
+    assert stage.calls("python") == 4 * [("python", "-m", "convattn_jax.main", *ARGUMENTS)]
+
+
+def test_a_slice_preempted_before_it_trains_is_asked_for_again(stage):
+    stage.plan(slices=["PROVISIONING SUSPENDING SUSPENDED", "ACTIVE"])
+    assert stage.run("tpu_vm.sh", "train", *ARGUMENTS, **TPU).returncode == 0
+    assert stage.verbs().count("queued-resources create") == 2
+
+
+def test_a_preempted_vm_made_at_once_is_made_again(stage):
+    (stage.folder / "slice").write_text("PREEMPTED")
+    assert stage.run("tpu_vm.sh", "train", *ARGUMENTS, **TPU, QUEUED="no").returncode == 0
+    assert [v for v in stage.verbs() if v in ("tpu-vm create", "tpu-vm delete")] == ["tpu-vm delete", "tpu-vm create"]
+    assert not any("queued" in verb for verb in stage.verbs())
+
+
+def test_a_run_that_something_stopped_starts_again_on_the_same_slice(stage):
+    stage.plan(runs=["stopped", 0])
+    assert stage.run("tpu_vm.sh", "train", *ARGUMENTS, **TPU).returncode == 0
+    assert stage.verbs().count("queued-resources create") == 1
+    assert len(stage.calls("python")) == 4
+
+
+def test_a_run_that_fails_ends_the_script_with_its_status(stage):
+    stage.plan(runs=[2])
+    assert stage.run("tpu_vm.sh", "train", *ARGUMENTS, **TPU).returncode == 2
+    assert stage.verbs().count("queued-resources create") == 1
+    assert len(stage.calls("python")) == 2
+
+
+def test_a_slice_that_will_never_come_ends_the_script(stage):
+    stage.plan(slices=["WAITING_FOR_RESOURCES FAILED"])
+    said = stage.run("tpu_vm.sh", "train", *ARGUMENTS, **TPU)
+    assert said.returncode == 1
+    assert "convattn is FAILED" in said.stderr
+    assert not any(verb in ("tpu-vm scp", "queued-resources delete") for verb in stage.verbs())
+
+
+def test_a_copy_that_fails_installs_and_starts_nothing(stage):
+    stage.plan(connections=["fine", "lost"])  # `progress` comes through, scp does not
+    assert stage.run("tpu_vm.sh", "train", *ARGUMENTS, **TPU).returncode == 1
+    assert not stage.calls("uv", "python")
+
+
+def test_a_lost_connection_is_made_again_and_starts_nothing_twice(stage):
+    # progress, scp, unpacking, installing, starting come through; the log and what became of the run do not
+    stage.plan(connections=[*5 * ["fine"], "lost", "lost"])
+    said = stage.run("tpu_vm.sh", "train", *ARGUMENTS, **TPU)
+    assert said.returncode == 0, said.stderr
+    assert "the connection was lost; following again" in said.stderr
+    assert len(stage.calls("python")) == 2
+
+
+def test_typed_again_it_follows_the_run_that_is_at_work(stage):
+    stage.plan(runs=["wait"])
+    for step in (["create"], ["wait"], ["copy"], ["install"], ["run", *ARGUMENTS]):
+        assert stage.run("tpu_vm.sh", *step, **TPU).returncode == 0
+    wait_for(stage.folder / "waiting")
+    while len(stage.calls("python")) < 2:
+        time.sleep(0.01)
+    stage.forget()
+    again = subprocess.Popen(
+        [LAUNCH / "tpu_vm.sh", "train", *ARGUMENTS], env=stage.environment(TPU), stdout=subprocess.PIPE, text=True
+    )
+    assert again.stdout is not None
+    assert again.stdout.readline() == "training\n"
+    shell = int((stage.folder / "worker0" / "convattn_jax" / "run.pid").read_text())
+    trainer = int(subprocess.run(["pgrep", "-P", str(shell)], capture_output=True, text=True, check=True).stdout)
+    os.kill(trainer, signal.SIGTERM)
+    assert again.wait(30) == 0
+    again.stdout.close()
+    assert not stage.calls("python")
+    assert not any(verb in ("tpu-vm scp", "queued-resources create") for verb in stage.verbs())
+
+
+def test_a_start_ends_what_is_left_of_a_run_before(stage):
+    stage.plan(runs=["wait", 0])
+    for step in (["create"], ["wait"], ["copy"], ["install"], ["run", *ARGUMENTS]):
+        assert stage.run("tpu_vm.sh", *step, **TPU).returncode == 0
+    wait_for(stage.folder / "waiting")
+    shell = int((stage.folder / "worker0" / "convattn_jax" / "run.pid").read_text())
+    [trainer] = subprocess.check_output(["pgrep", "-P", str(shell), "-f", "convattn_jax.main"], text=True).split()
+    assert stage.run("tpu_vm.sh", "run", *ARGUMENTS, **TPU).returncode == 0
+    wait_for(stage.folder / "worker0" / "convattn_jax" / "run.status")
+    assert ended(trainer)
+
+
+def ended(process):
+    try:
+        return pathlib.Path("/proc", process, "stat").read_text().rpartition(")")[2].split()[0] == "Z"
+    except FileNotFoundError:
+        return True
+
+
+def wait_for(path):
+    for _ in range(1000):
+        if path.exists():
+            return
+        time.sleep(0.01)
+    raise AssertionError(f"{path} never came")
+
+
+# --- SLURM ---
+
+
+def test_slurm_gets_one_process_a_gpu_time_to_save_and_leave_to_queue_again():
+    lines = (LAUNCH / "slurm.sbatch").read_text().splitlines()
+    options = dict(line.removeprefix("#SBATCH --").partition("=")[::2] for line in lines if line.startswith("#SBATCH"))
+    assert options["signal"] == "TERM@90"
+    assert "requeue" in options
+    assert options["open-mode"] == "append"
+    assert options["ntasks-per-node"] == options["gpus-per-node"]
+    assert not any(line.startswith("#SBATCH") for line in lines[len(options) + 1 :])  # SLURM reads the first block
+
+
+def test_outside_a_job_it_submits_itself(stage):
+    assert stage.run("slurm.sbatch", *ARGUMENTS, NODES="2", GPUS="4").returncode == 0
+    shape = ["--nodes=2", "--ntasks-per-node=4", "--gpus-per-node=4"]
+    expected = ("sbatch", f"--chdir={ROOT}", *shape, str(LAUNCH / "slurm.sbatch"), *ARGUMENTS)
+    assert stage.calls() == [expected]
+
+
+def test_a_refused_submission_fails(stage):
+    stage.plan(sbatch=[1])
+    assert stage.run("slurm.sbatch", *ARGUMENTS).returncode == 1
+
+
+@pytest.mark.parametrize(("left", "again"), [("1:29", True), ("0:00", True), ("5:00", False), ("1-02:10:00", False)])
+def test_a_job_whose_time_is_up_queues_again(stage, left, again):
+    stage.plan(squeue=[left])
+    copy = shutil.copy(LAUNCH / "slurm.sbatch", stage.folder / "slurm_script")  # as SLURM does
+    assert stage.run([copy], *ARGUMENTS, cwd=ROOT, SLURM_JOB_ID="7").returncode == 0
+    srun = ("srun", "--kill-on-bad-exit=1", "python", "-m", "convattn_jax.main", *ARGUMENTS)
+    assert stage.calls("srun") == [srun]
+    assert stage.calls("scontrol") == ([("scontrol", "requeue", "7")] if again else [])
+
+
+def test_a_run_that_fails_fails_the_job_and_is_not_queued_again(stage):
+    stage.plan(srun=[2], squeue=["0:30"])
+    assert stage.run("slurm.sbatch", *ARGUMENTS, cwd=ROOT, SLURM_JOB_ID="7").returncode == 2
+    assert not stage.calls("scontrol")
+
+
+# --- Kubernetes ---
+
+
+def jobset(stage, *words, **settings):
+    said = stage.run("gke.sh", "run", *words, **(GKE | settings))
+    assert said.returncode == 0, said.stderr
+    assert stage.calls() == [("kubectl", "apply", "--namespace=default", "--filename=-")]
+    return yaml.safe_load((stage.folder / "stdin").read_text())
+
+
+def test_a_jobset_has_a_pod_for_each_host_and_the_arguments_unchanged(stage):
+    manifest = jobset(stage, *ARGUMENTS, NAME="mine")
+    assert (manifest["apiVersion"], manifest["kind"]) == ("jobset.x-k8s.io/v1alpha2", "JobSet")
+    assert manifest["metadata"]["name"] == "mine"
+    [slice_] = manifest["spec"]["replicatedJobs"]
+    job = slice_["template"]["spec"]
+    assert job["parallelism"] == job["completions"] == 16 // 4
+    assert (job["completionMode"], job["backoffLimit"]) == ("Indexed", 0)
+    pod = job["template"]["spec"]
+    assert pod["terminationGracePeriodSeconds"] >= 60
+    labels = {"cloud.google.com/gke-tpu-accelerator": "tpu-v6e-slice", "cloud.google.com/gke-tpu-topology": "4x4"}
+    assert pod["nodeSelector"] == labels
+    [container] = pod["containers"]
+    assert container["args"] == ARGUMENTS
+    assert container["image"] == GKE["IMAGE"]
+    assert container["resources"]["limits"] == {"google.com/tpu": 4}
+
+
+def test_preempted_pods_start_again_without_counting_as_failures(stage):
+    manifest = jobset(stage, *ARGUMENTS, SPOT="yes", RESTARTS="5", TOPOLOGY="2x2x4")
+    policy = manifest["spec"]["failurePolicy"]
+    assert policy["maxRestarts"] == 5
+    [rule] = policy["rules"]
+    assert (rule["action"], rule["onJobFailureReasons"]) == ("RestartJobSetAndIgnoreMaxRestarts", ["PodFailurePolicy"])
+    job = manifest["spec"]["replicatedJobs"][0]["template"]["spec"]
+    [rule] = job["podFailurePolicy"]["rules"]
+    assert rule == {"action": "FailJob", "onPodConditions": [{"type": "DisruptionTarget", "status": "True"}]}
+    assert job["template"]["spec"]["restartPolicy"] == "Never"
+    assert job["template"]["spec"]["nodeSelector"]["cloud.google.com/gke-spot"] == "true"
+    assert job["parallelism"] == 4
+
+
+def container_command():
+    text = (LAUNCH / "jobset.yaml").read_text()
+    return [*yaml.safe_load(re.sub("@[A-Z_]+@", "1", text.replace("@SPOT@", "")))["spec"]["replicatedJobs"][0][
+        "template"
+    ]["spec"]["template"]["spec"]["containers"][0]["command"], *ARGUMENTS]  # fmt: skip
+
+
+@pytest.mark.parametrize("status", [0, 3])
+def test_a_pod_ends_as_its_run_does(stage, status):
+    stage.plan(runs=[status])
+    assert stage.run(container_command()).returncode == status
+    assert stage.calls() == [("python", "-m", "convattn_jax.main", *ARGUMENTS)]
+
+
+def test_a_pod_told_to_stop_lets_the_run_save_and_does_not_count_as_finished(stage):
+    stage.plan(runs=["wait"])
+    pod = subprocess.Popen(container_command(), env=stage.environment({}), cwd=stage.folder, stdout=subprocess.DEVNULL)
+    wait_for(stage.folder / "waiting")
+    pod.send_signal(signal.SIGTERM)
+    assert pod.wait(30) == 143
+
+
+@pytest.mark.parametrize(("end", "status"), [("Completed", 0), ("Failed", 1)])
+def test_the_log_is_followed_through_restarts_until_the_jobset_ends(stage, end, status):
+    stage.plan(kubectl_logs=[1, "step 1", "step 2"], kubectl_get=["", "", end])
+    said = stage.run("gke.sh", "log", NAME="mine")
+    assert said.returncode == status
+    assert said.stdout == "step 1\nstep 2\n"
+    selector = "--selector=jobset.sigs.k8s.io/jobset-name=mine,batch.kubernetes.io/job-completion-index=0"
+    assert sum(selector in call for call in stage.calls("kubectl")) == 3
+
+
+def test_a_jobset_that_is_gone_ends_the_log(stage):
+    stage.plan(kubectl_get=[1])
+    assert stage.run("gke.sh", "log").returncode == 1
+
+
+def test_the_image_holds_the_code_that_is_copied_to_tpu_vms():
+    copied = {word for line in (LAUNCH / "Dockerfile").read_text().splitlines() if line.startswith("COPY")
+              for word in line.split()[1:-1]}  # fmt: skip
+    tar = next(line for line in (LAUNCH / "tpu_vm.sh").read_text().splitlines() if "tar -czf" in line)
+    sent = {word for word in shlex.split(tar) if (ROOT / word).exists()} - {"run"}
+    assert copied == sent == {"pyproject.toml", "README.md", "LICENSE", "convattn_jax", "configs"}
+
+
+# --- this machine ---
+
+
+@pytest.fixture
+def clone(stage):
+    """A clone of the launch scripts whose .venv is installed."""
+    shutil.copytree(LAUNCH, stage.folder / "clone" / "launch")
+    (stage.folder / "clone" / ".venv" / "bin").mkdir(parents=True)
+    (stage.folder / "clone" / ".venv" / "installed").touch()
+    (stage.folder / "clone" / ".venv" / "bin" / "python").symlink_to(stage.folder / "bin" / "python")
+    return stage.folder / "clone" / "launch" / "local.sh"
+
+
+def test_a_fresh_clone_is_installed_once(stage, clone):
+    (clone.parent.parent / ".venv" / "installed").unlink()
+    for _ in range(2):
+        assert stage.run([clone], *ARGUMENTS, EXTRAS="cuda,gcs").returncode == 0
+    venv, pip, *runs = stage.calls()
+    assert venv == ("python3", "-m", "venv", ".venv")
+    assert pip == ("python", "-m", "pip", "install", "--quiet", "--editable", ".[cuda,gcs]")
+    assert runs == 2 * [("python", "-m", "convattn_jax.main", *ARGUMENTS)]
+
+
+def test_a_failed_run_fails(stage, clone):
+    stage.plan(runs=[2])
+    assert stage.run([clone], *ARGUMENTS).returncode == 2
+
+
+def test_several_processes_are_told_who_they_are_and_one_that_fails_fails_all(stage, clone):
+    stage.plan(runs=[0, 5, 0])
+    said = stage.run([clone], *ARGUMENTS, PROCESSES="3", PORT="999")
+    assert said.returncode == 5
+    words = ["-m", "convattn_jax.main", *ARGUMENTS, "--coordinator=localhost:999", "--processes=3"]
+    assert sorted(stage.calls()) == [("python", *words, f"--process={i}") for i in range(3)]
+
+
+def test_processes_told_to_stop_all_save(stage, clone):
+    stage.plan(runs=["wait", "wait"])
+    started = subprocess.Popen(
+        [clone, *ARGUMENTS], env=stage.environment({"PROCESSES": "2"}), stdout=subprocess.DEVNULL
+    )
+    wait_for(stage.folder / "waiting")
+    while (stage.folder / "plan" / "runs").exists():
+        time.sleep(0.01)
+    started.send_signal(signal.SIGTERM)
+    assert started.wait(30) == 0
+
+
+def test_local_dry_run_sets_up_virtual_devices(stage, clone):
+    said = stage.run([clone], "--dry-run", "--config=x", DEVICES="4")
+    expected = "env JAX_PLATFORMS=cpu XLA_FLAGS=--xla_force_host_platform_device_count=4 .venv/bin/python"
+    assert f"{expected} -m convattn_jax.main --config=x\n" in said.stdout
+    assert not stage.calls()
