@@ -100,7 +100,7 @@ python() {
     case ${ends:=0} in
         preempted) echo SUSPENDED > "$STAGE/slice" && kill -KILL "$PPID" ;;
         stopped) kill -KILL "$PPID" ;;
-        wait) touch "$STAGE/waiting" && while :; do /bin/sleep 0.02; done ;;
+        wait) echo $$ > "$STAGE/waiting" && while :; do /bin/sleep 0.02; done ;;
         *) return "$ends" ;;
     esac
 }

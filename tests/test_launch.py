@@ -250,7 +250,7 @@ def test_typed_again_it_follows_the_run_that_is_at_work(stage):
     stage.plan(runs=["wait"])
     for step in (["create"], ["wait"], ["copy"], ["install"], ["run", *ARGUMENTS]):
         assert stage.run("tpu_vm.sh", *step, **TPU).returncode == 0
-    wait_for(stage.folder / "waiting")
+    trainer = wait_for(stage.folder / "waiting")
     while len(stage.calls("python")) < 2:
         time.sleep(0.01)
     stage.forget()
@@ -259,9 +259,7 @@ def test_typed_again_it_follows_the_run_that_is_at_work(stage):
     )
     assert again.stdout is not None
     assert again.stdout.readline() == "training\n"
-    shell = int((stage.folder / "worker0" / "convattn_jax" / "run.pid").read_text())
-    trainer = int(subprocess.run(["pgrep", "-P", str(shell)], capture_output=True, text=True, check=True).stdout)
-    os.kill(trainer, signal.SIGTERM)
+    os.kill(int(trainer), signal.SIGTERM)
     assert again.wait(30) == 0
     again.stdout.close()
     assert not stage.calls("python")
@@ -272,9 +270,7 @@ def test_a_start_ends_what_is_left_of_a_run_before(stage):
     stage.plan(runs=["wait", 0])
     for step in (["create"], ["wait"], ["copy"], ["install"], ["run", *ARGUMENTS]):
         assert stage.run("tpu_vm.sh", *step, **TPU).returncode == 0
-    wait_for(stage.folder / "waiting")
-    shell = int((stage.folder / "worker0" / "convattn_jax" / "run.pid").read_text())
-    [trainer] = subprocess.check_output(["pgrep", "-P", str(shell), "-f", "convattn_jax.main"], text=True).split()
+    trainer = wait_for(stage.folder / "waiting")
     assert stage.run("tpu_vm.sh", "run", *ARGUMENTS, **TPU).returncode == 0
     wait_for(stage.folder / "worker0" / "convattn_jax" / "run.status")
     assert ended(trainer)
@@ -289,8 +285,8 @@ def ended(process):
 
 def wait_for(path):
     for _ in range(1000):
-        if path.exists():
-            return
+        if path.exists() and (text := path.read_text().strip()):
+            return text
         time.sleep(0.01)
     raise AssertionError(f"{path} never came")
 
