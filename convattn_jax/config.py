@@ -27,6 +27,10 @@ class UserError(Exception):
     """Something the user can put right; its text is one line that names the field and the remedy."""
 
 
+class Interrupted(KeyboardInterrupt):
+    """A run was asked to stop and did, with nothing lost; its text says how to go on."""
+
+
 def check(condition: bool, message: str) -> None:
     """Raises `UserError(message)` unless the condition holds."""
     if not condition:

@@ -1,11 +1,14 @@
 """python -m convattn_jax.main --config=configs/composite.py: flags -> configuration -> the task; nothing else."""
 
+import contextlib
 import importlib
 import os
+import signal
 import sys
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
 
-from convattn_jax.config import UserError, check_choice, parse
+from convattn_jax.config import Interrupted, UserError, check_choice, parse
 
 TASKS = {"pretrain": "convattn_jax.pretrain", "finetune": "convattn_jax.finetune"}
 HELP = """usage: python -m convattn_jax.main --config=FILE[:SIZE] [--workdir=DIR] [--config.KEY=VALUE ...]
@@ -32,18 +35,38 @@ def main(argv: Sequence[str] | None = None) -> None:
         return
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     try:
-        command = parse(argv)
-        task = str(command.config.task)
-        check_choice("task", task, TASKS)
-        module = importlib.import_module(TASKS[task])  # and jax, now that the command line is known to be good
-        from convattn_jax import distributed
+        with _terminated():
+            command = parse(argv)
+            task = str(command.config.task)
+            check_choice("task", task, TASKS)
+            module = importlib.import_module(TASKS[task])  # and jax, now that the command line is known to be good
+            from convattn_jax import distributed
 
-        distributed.start(command.cluster)
-        module.run(command.config, command.workdir)
+            distributed.start(command.cluster)
+            module.run(command.config, command.workdir)
     except UserError as error:
         sys.exit(_line(error))
+    except Interrupted as stopped:  # whole and resumable, as asked for: status 0
+        print(stopped, file=sys.stderr)
     except KeyboardInterrupt:
         sys.exit("interrupted: the same command resumes from the last checkpoint")
+
+
+@contextlib.contextmanager
+def _terminated() -> Iterator[None]:
+    """Makes SIGTERM, which a cluster sends before it takes a machine back, an exception like Ctrl-C."""
+
+    def stop(*_: object) -> None:
+        raise Interrupted("stopped by SIGTERM: the same command goes on from here")
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before or signal.SIG_DFL)
 
 
 def _line(error: UserError) -> int:

@@ -4,7 +4,7 @@ import contextlib
 import dataclasses
 import functools
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -14,9 +14,10 @@ import numpy as np
 from jax import Array
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from convattn_jax import checkpoint, distributed, events, plots, sharding, train
-from convattn_jax.config import check, flatten, from_config, to_plain
-from convattn_jax.console import Console
+from convattn_jax import checkpoint, distributed, events, interrupt, plots, sharding, train
+from convattn_jax.account import KINDS, Account
+from convattn_jax.config import Interrupted, check, flatten, from_config, to_plain
+from convattn_jax.console import Console, duration
 from convattn_jax.data import loader
 from convattn_jax.data.config import DataConfig, TokenizerConfig
 from convattn_jax.data.rows import Prepared, Rows, prepare, reopen
@@ -58,6 +59,7 @@ class PretrainConfig:
 
 def run(config: ml_collections.ConfigDict, workdir: str, console: Console | None = None) -> dict[str, Any]:
     """Trains, or goes on training, or checks what is finished; returns the summary."""
+    account = Account()
     distributed.check_same(distributed.code() | distributed.configuration(flatten(config)))
     first = distributed.first_process()
     with distributed.together():
@@ -82,7 +84,7 @@ def run(config: ml_collections.ConfigDict, workdir: str, console: Console | None
                 prepared.tokenizer.save(str(folder.path))
                 folder.write("data", {"fingerprint": prepared.fingerprint, "tokenizer": prepared.tokenizer.digest})
                 folder.write("config", to_plain(c))  # last: what has a config.json is a run folder
-        return _Run(c, folder, prepared, mesh, console).complete()
+        return _Run(c, folder, prepared, mesh, console, account).complete()
 
 
 def find_rows(c: PretrainConfig, folder: RunFolder, console: Console) -> Prepared:
@@ -113,8 +115,17 @@ def find_rows(c: PretrainConfig, folder: RunFolder, console: Console) -> Prepare
 class _Run:
     """One run: its compiled steps, its checkpoints, its files."""
 
-    def __init__(self, c: PretrainConfig, folder: RunFolder, prepared: Prepared, mesh: Mesh, console: Console):
+    def __init__(
+        self,
+        c: PretrainConfig,
+        folder: RunFolder,
+        prepared: Prepared,
+        mesh: Mesh,
+        console: Console,
+        account: Account,
+    ):
         self.c, self.folder, self.prepared, self.mesh, self.console = c, folder, prepared, mesh, console
+        self.account = account
         tokenizer = prepared.tokenizer
         attend = sharding.shard_attention(attend_by(c.model.kernel), mesh)
         self.model = MaskedLM(c.model, tokenizer.size, attend)
@@ -151,36 +162,57 @@ class _Run:
     def complete(self) -> dict[str, Any]:
         """From whatever state the folder is in to the finished run."""
         steps = self.c.train.steps
-        with contextlib.closing(checkpoint.Checkpoints(self.folder.checkpoints, self.c.checkpoint.keep)) as checkpoints:
-            state = checkpoints.restore(self.like, self.console.message)
-            if state is None:
-                state = self.init(jax.random.key(self.c.seed))
-            elif int(state.step) < steps:
-                self.console.message(f"resumed from step {int(state.step)}")
-            seconds, summary = distributed.from_first(functools.partial(self._logged, int(state.step)))
-            if int(state.step) == steps and summary is not None:
+        with (
+            interrupt.deferred() as stop,
+            contextlib.closing(checkpoint.Checkpoints(self.folder.checkpoints, self.c.checkpoint.keep)) as checkpoints,
+        ):
+            saved = checkpoints.restore(self.like, self.console.message)
+            if saved is None:
+                saved = checkpoint.Saved(self.init(jax.random.key(self.c.seed)), {})
+            elif int(saved.state.step) < steps:
+                self.console.message(f"resumed from step {int(saved.state.step)}")
+            step, window = int(saved.state.step), saved.notes.get("window", [])
+            seconds, summary = distributed.from_first(functools.partial(self._logged, step, len(window)))
+            if step == steps and summary is not None:
                 self.console.message(f"finished: checkpoint {steps} and its files are whole; nothing left to do")
                 self._show(summary)
                 return summary
-            state = self._fit(state, checkpoints, seconds)
+            if seconds is not None:
+                self.account.resume(saved.notes.get("account", {}), seconds)
+            state = self._fit(saved.state, window, checkpoints, stop)
+        self.account.charge("saving")
+        if int(state.step) < steps:
+            raise Interrupted(f"stopped at step {int(state.step)}: the same command resumes from there")
         return self._finish(state)
 
-    def _logged(self, step: int) -> tuple[float, dict[str, Any] | None]:
-        """Seconds trained up to a step by metrics.jsonl, which then ends there, and the summary if there is one."""
+    def _logged(self, step: int, further: int) -> tuple[float | None, dict[str, Any] | None]:
+        """Seconds that metrics.jsonl says were trained, and the summary; None where there is none.
+
+        Then it ends with the last row up to a checkpoint's step, from which the checkpoint is `further` steps away.
+        """
+        before = self.folder.rows()
         rows = self.folder.keep_rows(step)
         check(
-            (int(rows[-1]["step"]) if rows else 0) == step,
+            (int(rows[-1]["step"]) if rows else 0) + further == step,
             f"{self.folder.metrics} has lost the rows up to step {step}, where the checkpoint stands: "
             "restore it, or choose another --workdir",
         )
-        return rows[-1]["seconds"] if rows else 0.0, self.folder.read("summary")
+        seconds = before[-1]["seconds"] if before else 0.0 if step else None
+        return seconds, self.folder.read("summary")
 
-    def _fit(self, state: TrainState, checkpoints: checkpoint.Checkpoints, seconds: float) -> TrainState:
+    def _fit(
+        self,
+        state: TrainState,
+        window: list[dict[str, float]],
+        checkpoints: checkpoint.Checkpoints,
+        stop: Callable[[int], bool],
+    ) -> TrainState:
         c = self.c
         started_at = int(state.step)
 
         def record(row: dict[str, float | int]) -> None:
             step = int(row["step"])
+            checkpoints.check()
             row["learning_rate"] = float(np.asarray(self.schedule(step - 1)))
             if distributed.first_process():
                 self.folder.append(row)
@@ -211,7 +243,9 @@ class _Run:
                 save_seconds=c.checkpoint.every_seconds,
                 record=record,
                 tokens_per_step=c.train.batch_size * c.data.length,
-                seconds=seconds,
+                account=self.account,
+                window=window,
+                stop=stop,
             )
 
     def _evaluate(self, params: Any) -> dict[str, float]:
@@ -257,9 +291,11 @@ class _Run:
             "parameters": sum(x.size for x in jax.tree.leaves(params)),
             "tokens_per_second": float(np.median(speeds)) if speeds else 0.0,
             "train_seconds": rows[-1]["seconds"],
+            "account": self.account.seconds,
         }
         plots.plot_losses(rows, self.folder.path / "loss.png", self.c.name, summary["unigram_loss"])
         plots.plot_kernels(kernels, self.folder.path / "kernels.png", self.c.name)
+        self.account.charge("evaluating")
         self.folder.write("summary", summary)
         return summary
 
@@ -277,6 +313,7 @@ class _Run:
                 ("run folder", path),
                 ("checkpoint", path / "checkpoints" / str(summary["step"])),
                 *pictures,
+                *[(KINDS[kind], duration(seconds)) for kind, seconds in summary.get("account", {}).items()],
             ],
         )
 

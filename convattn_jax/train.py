@@ -3,7 +3,7 @@
 import dataclasses
 import math
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 import jax
@@ -14,7 +14,8 @@ from flax import struct
 from jax import Array
 from jax.experimental import multihost_utils
 
-from convattn_jax.config import check
+from convattn_jax.account import Account
+from convattn_jax.config import UserError, check
 
 Params = Any
 Batch = Any
@@ -112,6 +113,20 @@ def evaluate(
     return totals
 
 
+AHEAD = 2  # steps under way beside the one just dispatched: enough to keep a device busy, few enough to stop soon
+
+
+class NotFiniteError(UserError):
+    """Training stopped at a step whose loss or gradient is not finite; nothing later was saved."""
+
+    def __init__(self, name: str, step: int, found: str = ""):
+        self.name, self.step = name, step
+        super().__init__(
+            f"{name} is not finite at step {step}{found and f' ({found})'}: lower optimizer.learning_rate, in another "
+            "--workdir"
+        )
+
+
 def fit(
     state: TrainState,
     config: TrainConfig,
@@ -119,53 +134,91 @@ def fit(
     train_step: Callable[[TrainState, Array], tuple[TrainState, dict[str, Array]]],
     batches: Iterable[Array],
     evaluate: Callable[[Params], dict[str, float]],
-    save: Callable[[TrainState, Mapping[str, float | int] | None], None],
+    save: Callable[[TrainState, Mapping[str, float | int] | None, Mapping[str, Any]], None],
     save_seconds: float,
     record: Callable[[dict[str, float | int]], None],
     tokens_per_step: int,
-    seconds: float,
+    account: Account,
+    window: Sequence[Mapping[str, float]] = (),
+    stop: Callable[[int], bool] = lambda step: False,
+    alive: Callable[[], None] = lambda: None,
 ) -> TrainState:
-    """Trains from `state.step` to `config.steps`, recording one row per `log_every` steps.
+    """Trains from `state.step` to `config.steps`, or until `stop` says so, recording one row per `log_every` steps.
 
-    Rows are means over whole windows and checkpoints stand between windows, so a resumed run writes the rows that an
-    uninterrupted one writes. `seconds` is what earlier, interrupted parts of the run have trained.
+    Rows are means over whole windows. A checkpoint between two rows notes the sums of its part of a window, and
+    `window` gives them back, so a resumed run writes the rows that an uninterrupted one writes. `alive` is called
+    whenever the devices have got on.
 
     Raises:
-      UserError: the loss or its gradient is no longer finite; nothing is saved after that.
+      NotFiniteError: the loss, its gradient or a parameter is no longer finite; nothing is saved after that.
     """
-    sums: list[Mapping[str, Array]] = []
-    timed, started, saved = 0, time.perf_counter(), time.monotonic()
+    sums: list[Mapping[str, Any]] = list(window)
     first = int(state.step)
+    timed, trained, saved = 0, account.trained, time.monotonic()
+    account.charge("starting")
     for step, rows in enumerate(batches, start=first + 1):
+        account.charge("waiting")
         state, step_sums = train_step(state, rows)
         sums.append(step_sums)
-        timed += 1
-        if step == first + 1:  # compilation is not training
+        if step == first + 1:
             jax.block_until_ready(step_sums)
-            timed, started = 0, time.perf_counter()
-        last = step == config.steps
-        if step % config.log_every and not last:
+            account.charge("compiling")
+        else:
+            timed += 1
+            if len(sums) > AHEAD:
+                jax.block_until_ready(sums[-AHEAD - 1])
+            account.charge("training")
+        alive()
+        last, stopped = step == config.steps, stop(step)
+        if step % config.log_every and not last and not stopped:
             continue
 
-        row = {"step": step, **_means(jax.device_get(sums))}
-        elapsed = time.perf_counter() - started
-        seconds += elapsed
-        row |= {"tokens_per_second": timed * tokens_per_step / elapsed if timed else 0.0, "seconds": seconds}
-        evaluated = step % config.eval_every == 0 or last
-        if evaluated:
-            row |= evaluate(state.params)
-        for name in ("loss", "gradient_norm", "eval_loss"):
-            finite = math.isfinite(row.get(name, 0.0))
-            check(finite, f"{name} is not finite at step {step}: lower optimizer.learning_rate, in another --workdir")
-        record(row)
-        if evaluated or agree(time.monotonic() - saved > save_seconds):
-            save(state, row if evaluated else None)
+        sums = jax.device_get(sums)
+        _check_finite(sums, step)
+        account.charge("training")
+        evaluation = None
+        if step % config.log_every == 0 or last:
+            elapsed = account.trained - trained
+            row = {"step": step, **_means(sums)}
+            row["tokens_per_second"] = timed * tokens_per_step / elapsed if timed else 0.0
+            row["seconds"] = account.trained
+            if step % config.eval_every == 0 or last:
+                evaluation = evaluate(state.params)
+                account.charge("evaluating")
+                _check_finite([evaluation], step, "eval_loss")
+            record(row | (evaluation or {}))
+            sums, timed, trained = [], 0, account.trained
+        if evaluation or stopped or agree(time.monotonic() - saved > save_seconds):
+            if not bool(all_finite(state)):
+                raise NotFiniteError("a parameter", step)
+            notes = {"window": [_plain(figures) for figures in sums], "account": dict(account.seconds)}
+            save(state, evaluation, notes)
             saved = time.monotonic()
-        sums, timed, started = [], 0, time.perf_counter()
+            account.charge("saving")
+        if stopped:
+            break
     return state
 
 
-def _means(fetched: list[Mapping[str, np.ndarray]]) -> dict[str, float]:
+@jax.jit
+def all_finite(tree: Any) -> Array:
+    """Whether no number of a tree is NaN or infinite."""
+    return jnp.all(jnp.asarray([jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(tree)]))
+
+
+def _check_finite(sums: Sequence[Mapping[str, Any]], last: int, *names: str) -> None:
+    """Raises at the first of the steps up to `last` of which a figure is not finite."""
+    for step, figures in enumerate(sums, start=last - len(sums) + 1):
+        for name in names or ("loss", "gradient_norm"):
+            if not math.isfinite(figures[name]):
+                raise NotFiniteError(name, step)
+
+
+def _plain(figures: Mapping[str, Any]) -> dict[str, float]:
+    return {name: float(value) for name, value in figures.items()}
+
+
+def _means(fetched: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     """Figures per slot over a window of steps; the gradient's norm is per step."""
     total = {name: sum(float(sums[name]) for sums in fetched) for name in fetched[0]}
     norm, weight = total.pop("gradient_norm"), total.pop("weight")

@@ -44,9 +44,9 @@ def restore(folder):
     """The restored state, and what was reported."""
     lines = []
     checkpoints = Checkpoints(folder, 2)
-    restored = checkpoints.restore(like(), lines.append)
+    saved = checkpoints.restore(like(), lines.append)
     checkpoints.close()
-    return restored, lines
+    return saved and saved.state, lines
 
 
 def assert_same(a, b):

@@ -1,5 +1,6 @@
 """A whole run through the front door on a small text: what it leaves, and that no interruption changes it."""
 
+import functools
 import json
 import os
 import pathlib
@@ -18,8 +19,10 @@ import tiny
 from etils import epath
 
 from convattn_jax import checkpoint, main
+from convattn_jax.account import KINDS
+from convattn_jax.data import loader
 
-STEPS = 12
+STEPS, WINDOW = 12, 2
 
 
 @pytest.fixture(scope="module")
@@ -27,7 +30,7 @@ def home(tmp_path_factory):
     """A folder with a text, a configuration file and a cache."""
     home = tmp_path_factory.mktemp("home")
     tiny.write_corpus(home / "text.txt")
-    tiny.write_config(home, train__steps=STEPS, train__eval_every=4)
+    tiny.write_config(home, train__steps=STEPS, train__log_every=WINDOW, train__eval_every=4)
     return home
 
 
@@ -63,7 +66,7 @@ def assert_same_run(a, b):
     assert tiny.metrics(a) == tiny.metrics(b)
     ours, theirs = (json.loads((folder / "summary.json").read_text()) for folder in (a, b))
     for summary in (ours, theirs):
-        del summary["tokens_per_second"], summary["train_seconds"]
+        del summary["tokens_per_second"], summary["train_seconds"], summary["account"]
     assert ours == theirs
 
 
@@ -85,7 +88,7 @@ def test_the_run_folder_holds_what_a_person_looks_for(run):
 
 def test_each_step_is_logged_once_and_evaluations_are_of_held_out_text(run):
     rows = tiny.metrics(run)
-    assert [row["step"] for row in rows] == list(range(1, STEPS + 1))
+    assert [row["step"] for row in rows] == list(range(WINDOW, STEPS + 1, WINDOW))
     assert [row["step"] for row in rows if "eval_loss" in row] == [4, 8, 12]
     assert len({row["unigram_loss"] for row in rows if "unigram_loss" in row}) == 1  # the same masks each time
 
@@ -103,7 +106,7 @@ def test_a_finished_run_with_a_damaged_checkpoint_is_finished_again(home, copy, 
     start(home, copy)
     said = capsys.readouterr().out
     assert f"checkpoint {STEPS} is damaged" in said
-    assert f"resumed from step {STEPS - 1}" in said
+    assert f"resumed from step {STEPS - WINDOW}" in said
     assert_same_run(copy, run)
 
 
@@ -143,6 +146,33 @@ def test_a_killed_run_moved_and_started_again_ends_like_one_never_interrupted(ho
     assert 1 <= resumed < STEPS
     assert_same_run(moved, run)
     assert not list(moved.glob("checkpoints/*tmp*"))
+
+
+def test_a_run_stopped_by_a_signal_saves_at_that_step_and_ends_like_one_never_interrupted(
+    home, run, tmp_path, capsys, monkeypatch
+):
+    stopped, batch = tmp_path / "stopped", loader.batch
+
+    def signalled(due, number, rows, seed, step, *rest):
+        if step == due:
+            os.kill(os.getpid(), number)
+        return batch(rows, seed, step, *rest)
+
+    for due, number in ((3, signal.SIGTERM), (8, signal.SIGINT)):
+        monkeypatch.setattr(loader, "batch", functools.partial(signalled, due, number))
+        start(home, stopped)  # and returns: status 0
+        said = capsys.readouterr().err
+        step = int(said.partition("stopped at step ")[2].partition(":")[0])
+        assert due - 3 <= step <= due + 1  # batches are made ahead of their steps
+        assert checkpoint.newest_whole(stopped / "checkpoints") == step
+    monkeypatch.undo()
+    start(home, stopped)
+    assert f"resumed from step {step}" in capsys.readouterr().out
+    assert_same_run(stopped, run)
+    account = json.loads((stopped / "summary.json").read_text())["account"]
+    assert account["lost"] > 0
+    assert set(account) == set(KINDS)
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
 
 
 def test_rows_that_were_lost_are_missed(home, copy, capsys):

@@ -1,6 +1,7 @@
 """The step is pure, accumulation changes nothing, and the loop logs, evaluates and saves in its rhythm."""
 
 import dataclasses
+import json
 
 import jax
 import jax.numpy as jnp
@@ -9,6 +10,7 @@ import optax
 import pytest
 
 from convattn_jax import train
+from convattn_jax.account import Account
 from convattn_jax.config import UserError
 from convattn_jax.train import TrainConfig, TrainState, make_train_step
 
@@ -85,8 +87,10 @@ CONFIG = TrainConfig(steps=10, batch_size=8, accumulate=1, log_every=2, eval_eve
 class Run:
     """Plays `fit` with a step that only counts; `figures` overrides what a step returns."""
 
-    def __init__(self, start=0, config=CONFIG, save_seconds=1e9, figures=None, eval_loss=1.0):
-        self.rows, self.saved, self.figures = [], [], figures or {}
+    def __init__(self, start=0, config=CONFIG, save_seconds=1e9, figures=None, eval_loss=1.0, window=(), stop_at=None):
+        self.rows, self.saved, self.notes, self.figures = [], [], {}, figures or {}
+        self.account = Account()
+        self.account.resume({"training": 5.0}, 5.0)
         fields = TrainState(jnp.asarray(start), {}, ())
         self.end = train.fit(
             fields,
@@ -94,12 +98,18 @@ class Run:
             train_step=self.step,
             batches=(np.zeros(1) for _ in range(start, config.steps)),
             evaluate=lambda params: {"eval_loss": eval_loss},
-            save=lambda state, metrics: self.saved.append((int(state.step), metrics and metrics["eval_loss"])),
+            save=self.save,
             save_seconds=save_seconds,
             record=self.rows.append,
             tokens_per_step=128,
-            seconds=5.0,
+            account=self.account,
+            window=window,
+            stop=lambda step: step == stop_at,
         )
+
+    def save(self, state, metrics, notes):
+        self.saved.append((int(state.step), metrics and metrics["eval_loss"]))
+        self.notes = json.loads(json.dumps(notes))
 
     def step(self, state, rows):
         step = int(state.step) + 1
@@ -121,11 +131,44 @@ def test_a_window_weighs_its_slots_alike():
     assert run.rows[0]["loss"] == 1.0
 
 
-def test_a_resumed_run_writes_the_rows_of_an_uninterrupted_one():
-    def timeless(rows):
-        return [{k: v for k, v in row.items() if k not in ("seconds", "tokens_per_second")} for row in rows]
+def timeless(rows):
+    return [{k: v for k, v in row.items() if k not in ("seconds", "tokens_per_second")} for row in rows]
 
+
+def test_a_resumed_run_writes_the_rows_of_an_uninterrupted_one():
     assert timeless(Run(start=4).rows) == timeless(Run().rows)[2:]
+
+
+@pytest.mark.parametrize("at", range(1, 10))
+def test_a_run_stopped_at_any_step_writes_the_rows_of_an_uninterrupted_one(at):
+    figures = {step: {"loss": 1 / step, "weight": float(step % 3 + 1)} for step in range(1, 11)}
+    stopped = Run(figures=figures, stop_at=at)
+    assert int(stopped.end.step) == at
+    assert stopped.saved[-1][0] == at
+    assert len(stopped.notes["window"]) == at % CONFIG.log_every
+    resumed = Run(start=at, figures=figures, window=stopped.notes["window"])
+    assert timeless(stopped.rows + resumed.rows) == timeless(Run(figures=figures).rows)
+
+
+def test_it_stops_without_saving_twice():
+    assert Run(stop_at=4).saved == [(4, 1.0)]
+    assert Run(stop_at=10).saved == [(4, 1.0), (8, 1.0), (10, 1.0)]
+
+
+def test_every_second_is_charged_to_something():
+    now = iter(range(1000))
+    account = Account(clock=lambda: next(now))
+    for kind in ("starting", "waiting", "training", "waiting"):
+        account.charge(kind)
+    assert {kind: seconds for kind, seconds in account.seconds.items() if seconds} == {
+        "starting": 1,
+        "waiting": 2,
+        "training": 1,
+    }
+    assert account.trained == 3
+    account.resume({"training": 50.0, "waiting": 2.0, "saving": 7.0}, trained=60.0)
+    assert account.seconds["lost"] == 5 + 8  # what this process took to start, and what is trained again
+    assert (account.trained, account.seconds["saving"], account.seconds["starting"]) == (52.0, 7.0, 0.0)
 
 
 def test_training_time_goes_on_from_what_was_trained_before():
@@ -148,7 +191,7 @@ def test_the_last_step_is_logged_evaluated_and_saved_whatever_the_rhythm():
 @pytest.mark.parametrize(
     ("figures", "eval_loss", "message"),
     [
-        ({3: {"loss": np.nan}}, 1.0, "loss is not finite at step 4: lower optimizer.learning_rate"),
+        ({3: {"loss": np.nan}}, 1.0, "loss is not finite at step 3: lower optimizer.learning_rate"),
         ({4: {"gradient_norm": np.inf}}, 1.0, "gradient_norm is not finite at step 4"),
         ({}, float("nan"), "eval_loss is not finite at step 4"),
     ],
@@ -159,6 +202,18 @@ def test_nothing_is_logged_or_saved_once_a_figure_is_not_finite(figures, eval_lo
         run.__init__(save_seconds=-1.0, figures=figures, eval_loss=eval_loss)
     assert run.saved == [(2, None)]
     assert [row["step"] for row in run.rows] == [2]
+
+
+def test_parameters_that_are_not_finite_are_not_saved():
+    class Overflowing(Run):
+        def step(self, state, rows):
+            state, sums = super().step(state, rows)
+            return state.replace(params=jnp.asarray(np.inf if int(state.step) > 2 else 1.0)), sums
+
+    run = object.__new__(Overflowing)
+    with pytest.raises(UserError, match="a parameter is not finite at step 4"):
+        run.__init__(save_seconds=-1.0)
+    assert run.saved == [(2, None)]
 
 
 def test_evaluation_adds_up_all_batches():

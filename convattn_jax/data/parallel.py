@@ -104,7 +104,8 @@ _tokenizer: Tokenizer
 def _start_worker(tokenizer: Tokenizer) -> None:
     global _tokenizer
     _tokenizer = tokenizer
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes; the parent ends these
+    for number in (signal.SIGINT, signal.SIGTERM):  # they reach all processes; the parent ends these
+        signal.signal(number, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
 
