@@ -19,7 +19,7 @@ from absl import flags
 from ml_collections import config_flags
 
 T = TypeVar("T")
-OPTIONS = ("workdir", "coordinator", "processes", "process")  # beside --config and its keys
+OPTIONS = ("workdir", "compile_cache", "coordinator", "processes", "process")  # beside --config and its keys
 Keys = Mapping[str, Any] | ml_collections.ConfigDict
 
 
@@ -108,10 +108,11 @@ class Command:
     config: ml_collections.ConfigDict
     workdir: str
     cluster: Cluster = Cluster()
+    compile_cache: str | None = None  # None: where it is by default
 
 
 def parse(argv: list[str], default_root: str = "runs") -> Command:
-    """Reads `--config=FILE[:SIZE]`, `--config.KEY=VALUE`, `--workdir=DIR` and what `Cluster` holds.
+    """Reads `--config=FILE[:SIZE]`, `--config.KEY=VALUE`, `--workdir`, `--compile_cache` and what `Cluster` holds.
 
     Raises:
       UserError: no or an unreadable configuration, an unknown flag or key, a value of another type.
@@ -124,6 +125,7 @@ def parse(argv: list[str], default_root: str = "runs") -> Command:
     values = flags.FlagValues()
     config_flags.DEFINE_config_dict("config", config, flag_values=values, sys_argv=argv)
     flags.DEFINE_string("workdir", None, "the run folder", flag_values=values)
+    flags.DEFINE_string("compile_cache", None, "the folder of compiled programs", flag_values=values)
     flags.DEFINE_string("coordinator", "", "host:port of process 0", flag_values=values)
     flags.DEFINE_integer("processes", None, "how many processes make up the run", flag_values=values)
     flags.DEFINE_integer("process", None, "which of them this is", flag_values=values)
@@ -135,7 +137,8 @@ def parse(argv: list[str], default_root: str = "runs") -> Command:
     config = typing.cast(ml_collections.ConfigDict, values["config"].value)
     default = f"{default_root}/{config.name}" if config.name else ""  # a task without a name says where itself
     cluster = Cluster(*(typing.cast(Any, values[name].value) for name in ("coordinator", "processes", "process")))
-    return Command(config, str(values["workdir"].value or "") or default, cluster)
+    compile_cache = typing.cast(str | None, values["compile_cache"].value)
+    return Command(config, str(values["workdir"].value or "") or default, cluster, compile_cache)
 
 
 def load_config_file(spec: str) -> ml_collections.ConfigDict:

@@ -16,6 +16,7 @@ HELP = """usage: python -m convattn_jax.main --config=FILE[:SIZE] [--workdir=DIR
   --config=configs/composite.py         what to train; SIZE is tiny (default), small or base
   --config=configs/glue.py              fine-tune the run --config.init_from=runs/composite
   --workdir=runs/NAME                   the run folder; the same command again resumes what is there
+  --compile_cache=DIR                   of compiled programs, ~/.cache/convattn_jax/compiled; empty: none are kept
   --config.train.steps=100              any key of the configuration; configs/base.py documents them
   --config.model.scores=content,fixed   a list: values with commas between them
 
@@ -40,8 +41,9 @@ def main(argv: Sequence[str] | None = None) -> None:
             task = str(command.config.task)
             check_choice("task", task, TASKS)
             module = importlib.import_module(TASKS[task])  # and jax, now that the command line is known to be good
-            from convattn_jax import distributed
+            from convattn_jax import compiled, distributed
 
+            compiled.keep(command.compile_cache)
             distributed.start(command.cluster)
             module.run(command.config, command.workdir)
     except UserError as error:

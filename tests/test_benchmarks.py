@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import tiny
 
-from benchmarks import ours, peers, step
+from benchmarks import ours, peers, start, step
 from benchmarks.settings import configured
 from benchmarks.suites import COMPOSITE, HF, PLAIN, SUITES, Ratio, Spec, Suite
 from convattn_jax.config import from_config
@@ -24,7 +24,7 @@ PEER = peers.PeerConfig(
 )  # fmt: skip
 
 
-@pytest.mark.parametrize("module", ["step", "attention", "kernel_times"])
+@pytest.mark.parametrize("module", ["step", "attention", "kernel_times", "start"])
 def test_help_needs_neither_jax_nor_torch(module):
     code = f"import sys; sys.modules.update(jax=None, torch=None); sys.argv = ['', '--help']; import benchmarks.{module} as m; m.main()"  # noqa: E501
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
@@ -73,6 +73,14 @@ def test_the_report_holds_every_contender_and_ratio(tmp_path):
     assert "| composite / plain | 2.000 | 1.000 to 3.000 |" in table
     step.picture(records, tmp_path / "step.png")
     assert (tmp_path / "step.png").stat().st_size > 5000
+
+
+def test_the_table_of_starts_holds_each_beside_the_cold_one():
+    records = [{"start": "cold", "first_step": 40.0, "imports": 2.0, "device": "chip"}]
+    records.append({**records[0], "start": "warm", "first_step": 6.0})
+    table = start.markdown(records, 12.4)
+    assert "chip; 12 MB" in table
+    assert "| warm | 6.0 | 15% | 2.0 |" in table
 
 
 def test_scoring_every_position_is_the_same_loss():

@@ -1,0 +1,97 @@
+"""How long a run takes from its command to the end of its first step: with nothing compiled yet, then once more.
+
+    python -m benchmarks.start --config=configs/composite.py
+    python -m benchmarks.start --config=configs/composite.py:base --config.data.files='my_text/*.txt' --repeats=2
+
+Every start is a process of its own, all on one fresh folder of compiled programs. Preparing the text is timed by itself
+and not counted: it happens once, whatever is compiled. Prints a Markdown table; --json=FILE adds JSON lines.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from typing import Any
+
+BEGAN = "CONVATTN_BENCHMARK_BEGAN"
+
+
+def main() -> None:
+    """Starts the processes and prints the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--repeats", type=int, default=1, help="starts with a warm cache")
+    parser.add_argument("--json", metavar="FILE", help="append one JSON line per start")
+    args, rest = parser.parse_known_args()
+    records = []
+    with tempfile.TemporaryDirectory() as cache:
+        for i in range(1 + args.repeats):
+            records.append({"start": "warm" if i else "cold", **start(rest, cache)})
+            print(json.dumps(records[-1]), file=sys.stderr, flush=True)
+        size = sum(os.path.getsize(os.path.join(root, name)) for root, _, names in os.walk(cache) for name in names)
+    print(markdown(records, size / 2**20))
+    if args.json:
+        with open(args.json, "a") as file:
+            file.writelines(json.dumps({"arguments": rest, **record}) + "\n" for record in records)
+
+
+def start(arguments: list[str], cache: str) -> dict[str, Any]:
+    """The figures of one process."""
+    with tempfile.TemporaryDirectory() as workdir:
+        command = [sys.executable, "-m", "benchmarks.start", "child", *arguments]
+        environment = {**os.environ, BEGAN: repr(time.time())}
+        environment.pop("JAX_COMPILATION_CACHE_DIR", None)
+        done = subprocess.run(
+            [*command, f"--workdir={workdir}/run", f"--compile_cache={cache}"],
+            env=environment,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+    if done.returncode:
+        raise SystemExit(done.returncode)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def child() -> None:
+    """A run that ends with its first step."""
+    from convattn_jax import main as door
+
+    began = float(os.environ[BEGAN])
+    import jax
+
+    from convattn_jax import pretrain, train
+
+    seconds = {"imports": time.time() - began}
+    find_rows = pretrain.find_rows
+
+    def timed_rows(*args, **kwargs):
+        before = time.time()
+        try:
+            return find_rows(*args, **kwargs)
+        finally:
+            seconds["text"] = time.time() - before
+
+    def first_step(state, config, *, train_step, batches, **_):
+        jax.block_until_ready(train_step(state, next(iter(batches))))
+        seconds["first_step"] = time.time() - began - seconds["text"]
+        print("\n" + json.dumps({**seconds, "device": jax.devices()[0].device_kind}), flush=True)
+        os._exit(0)
+
+    pretrain.find_rows, train.fit = timed_rows, first_step
+    door.main([sys.argv[0], *sys.argv[2:]])
+
+
+def markdown(records: list[dict[str, Any]], megabytes: float) -> str:
+    """A row per start, the share of the cold one beside each."""
+    cold = records[0]["first_step"]
+    lines = [f"{records[0]['device']}; {megabytes:.0f} MB of compiled programs", ""]
+    lines += ["| start | first step after, s | of the cold start | imports, s |", "|---|---|---|---|"]
+    for r in records:
+        lines.append(f"| {r['start']} | {r['first_step']:.1f} | {r['first_step'] / cold:.0%} | {r['imports']:.1f} |")
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    child() if sys.argv[1:2] == ["child"] else main()

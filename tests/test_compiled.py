@@ -1,0 +1,81 @@
+import os
+import pathlib
+
+import jax
+import pytest
+from jax.experimental.compilation_cache import compilation_cache
+
+from convattn_jax import compiled
+from convattn_jax.config import UserError, parse
+
+SETTINGS = (
+    "jax_enable_compilation_cache",
+    "jax_compilation_cache_dir",
+    "jax_persistent_cache_min_compile_time_secs",
+)
+
+
+@pytest.fixture(autouse=True)
+def settings():
+    before = {name: getattr(jax.config, name) for name in SETTINGS}
+    yield
+    for name, value in before.items():
+        jax.config.update(name, value)
+    compilation_cache.reset_cache()
+
+
+@pytest.fixture
+def home(tmp_path, monkeypatch):
+    """A home directory without an environment that says otherwise."""
+    monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    return tmp_path
+
+
+def kept(folder: pathlib.Path) -> list[pathlib.Path]:
+    return [path for path in folder.rglob("*") if path.is_file()]
+
+
+def test_what_is_compiled_is_kept_in_the_home_directory_and_found_again(home, monkeypatch):
+    monkeypatch.setattr(compiled, "LEAST_SECONDS", 0.0)
+    compiled.keep(None)
+    jax.jit(lambda x: x * 3.25 + 1)(2.0).block_until_ready()
+    files = kept(home / ".cache" / "convattn_jax" / "compiled" / compiled.processor())
+    assert files
+    stamps = {path: path.stat().st_mtime_ns for path in files}
+    assert float(jax.jit(lambda x: x * 3.25 + 1)(2.0)) == 7.5
+    assert {path: path.stat().st_mtime_ns for path in kept(home)} == stamps
+
+
+def test_the_environment_comes_before_the_default_and_a_flag_before_both(tmp_path, monkeypatch):
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", "elsewhere")
+    before = jax.config.jax_compilation_cache_dir
+    compiled.keep(None)
+    assert jax.config.jax_compilation_cache_dir == before
+    compiled.keep(str(tmp_path))
+    assert jax.config.jax_compilation_cache_dir == str(tmp_path / compiled.processor())
+    compiled.keep("")
+    assert not jax.config.jax_enable_compilation_cache
+
+
+def test_a_folder_that_cannot_be_written_is_an_error_only_where_it_was_asked_for(home, caplog):
+    (home / ".cache").write_text("a file stands in the way")
+    compiled.keep(None)
+    assert "not kept" in caplog.text
+    with pytest.raises(UserError, match=r"--compile_cache=.*cannot be written"):
+        compiled.keep(str(home / ".cache"))
+
+
+def test_the_folder_keeps_what_was_used_last(tmp_path):
+    for age, name in enumerate(["new", "older", "oldest"]):
+        (tmp_path / name).write_bytes(bytes(10))
+        os.utime(tmp_path / name, (1e9 - age, 1e9 - age))
+    os.utime(tmp_path / "oldest", (2e9, 5e8))  # read since
+    compiled.prune(tmp_path, 25)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["new", "oldest"]
+
+
+def test_the_flag():
+    assert parse(["main", "--config=configs/bert.py"]).compile_cache is None
+    assert parse(["main", "--config=configs/bert.py", "--compile_cache="]).compile_cache == ""
+    assert parse(["main", "--config=configs/bert.py", "--compile_cache=here"]).compile_cache == "here"
