@@ -54,7 +54,7 @@ def measure(args: argparse.Namespace, cache: pathlib.Path) -> dict[str, tuple[st
     """Speeds by name, with their unit."""
     source = "text" if args.files else "docstrings"
     data = DataConfig(
-        source, tuple(args.files), (), 0.02, "", "", "", "", args.layout, args.length, str(cache), args.workers
+        source, tuple(args.files), (), 0.02, 1.0, "", "", "", "", args.layout, args.length, str(cache), args.workers
     )
     tokenizer = TokenizerConfig(args.model, args.vocab_size, args.normalization)
     prepared = rows.prepare(data, tokenizer, args.batch_size)  # trains the tokenizer; warms up

@@ -46,6 +46,7 @@ def _paper() -> ConfigDict:
     data.files = ()  # source text: paths or globs; .txt .gz .xz .zst .jsonl; a blank line ends a document
     data.heldout_files = ()  # source text: held-out text of its own; empty: split off by document
     data.heldout_fraction = 0.02  # the share of documents held out when there are no heldout_files
+    data.fraction = 1.0  # the share of the training documents that is used; the tokenizer is made of all of them
     data.tfds_name = ""  # source tfds: such as wikipedia/20230601.en or lm1b
     data.tfds_split = "train"
     data.tfds_feature = "text"

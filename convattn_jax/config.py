@@ -143,25 +143,32 @@ def parse(argv: list[str], default_root: str = "runs") -> Command:
 
 def load_config_file(spec: str) -> ml_collections.ConfigDict:
     """Runs `get_config` of FILE[:ARGUMENT], with errors that say what to do."""
+    return run_file("config", spec, ml_collections.ConfigDict)
+
+
+def run_file(option: str, spec: str, kind: type[T]) -> T:
+    """What `get_<option>` of FILE[:ARGUMENT] returns, a value of `kind`, with errors that say what to do."""
     path_text, _, argument = spec.partition(":")
     path = pathlib.Path(path_text)
     if not path.is_file():
-        raise UserError(f"--config={path_text}: no such file{_configs_there_are()}")
+        raise UserError(f"--{option}={path_text}: no such file{_files_there_are(option)}")
     module = types.ModuleType("_convattn_config")
     module.__file__ = str(path)
+    name = f"get_{option}"
     try:
         # run rather than imported: an import would leave a __pycache__ beside the user's file
         exec(compile(path.read_bytes(), path, "exec"), module.__dict__)
-        takes_size = bool(inspect.signature(module.get_config).parameters)
-        check(takes_size or not argument, f"--config={spec}: this file takes no size")
-        config = module.get_config(argument) if argument else module.get_config()
+        make = getattr(module, name)
+        takes_size = bool(inspect.signature(make).parameters)
+        check(takes_size or not argument, f"--{option}={spec}: this file takes no size")
+        made = make(argument) if argument else make()
     except UserError:
         raise
     except Exception as error:
         reason = " ".join(f"{type(error).__name__}: {error}".split())
-        raise UserError(f"--config={spec} cannot be loaded ({reason}): mend the file") from error
-    check(isinstance(config, ml_collections.ConfigDict), f"--config={spec}: get_config must return a ConfigDict")
-    return config
+        raise UserError(f"--{option}={spec} cannot be loaded ({reason}): mend the file") from error
+    check(isinstance(made, kind), f"--{option}={spec}: {name} must return a {kind.__name__}")
+    return made
 
 
 def flatten(config: Keys, prefix: str = "") -> dict[str, Any]:
@@ -191,12 +198,12 @@ def _split(args: list[str]) -> tuple[str, list[str]]:
             value = value or "".join(args[i + 1 : i + taken])
             if value:
                 return value, args[:i] + args[i + taken :]
-    raise UserError(f"--config=FILE is missing{_configs_there_are()}")
+    raise UserError(f"--config=FILE is missing{_files_there_are('config')}")
 
 
-def _configs_there_are() -> str:
+def _files_there_are(option: str) -> str:
     roots = (pathlib.Path("configs"), pathlib.Path(__file__).resolve().parent.parent / "configs")
-    for root in roots:
+    for root in (root / "sweeps" if option == "sweep" else root for root in roots):
         files = sorted(p for p in root.glob("*.py") if p.stem not in ("__init__", "base"))
         if files:
             return f"; there are: {', '.join(str(p) for p in files)}"

@@ -257,8 +257,12 @@ class _Finetuning:
             for split, texts in self.data.evaluated.items()
             for metric, value in metrics.evaluate(self.task.metrics, logits[split], texts.labels).items()
         }
-        ended = {"metrics": figures, "starts_from": self._start_of(seed), "steps": self.schedule.steps}
-        finished.save(self.folder, self.task, seed, params, ended | {"seconds": seconds})
+        by_label = {
+            split: metrics.by_label(logits[split], texts.labels) for split, texts in self.data.evaluated.items()
+        }
+        ended = {"metrics": figures, "by_label": by_label, "starts_from": self._start_of(seed)}
+        ended |= {"steps": self.schedule.steps, "seconds": seconds}
+        finished.save(self.folder, self.task, seed, params, ended)
 
     def _predict_tests(self) -> None:
         """What the best seed says of the test rows, where it has not said it yet; needs no training."""

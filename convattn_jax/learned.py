@@ -1,19 +1,25 @@
 """The convolution kernels a model has learned, ready to be drawn."""
 
+import io
+import pathlib
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from etils import epath
 from jax import Array
 from jax.sharding import Sharding
 
 from convattn_jax import taps
+from convattn_jax.data import corpus
 from convattn_jax.model.inputs import Inputs
 from convattn_jax.model.mlm import MaskedLM
 from convattn_jax.plots import Kernel
 
 DYNAMIC = ("dynamic_query", "dynamic_key")
+SPREAD = "_spread"
 
 
 def learned_kernels(model: MaskedLM, params: Any, inputs: Inputs, placed: Sharding | None = None) -> dict[str, Kernel]:
@@ -34,6 +40,26 @@ def learned_kernels(model: MaskedLM, params: Any, inputs: Inputs, placed: Shardi
         tokens = taps.centred(np.asarray(values).transpose(1, 3, 0, 2, 4)[valid])  # (tokens, L, H, W)
         kernels[name] = Kernel(tokens.mean(0), tokens.std(0))
     return kernels
+
+
+def save_kernels(kernels: Mapping[str, Kernel], path: epath.Path) -> None:
+    """Writes the taps, `TERM` and `TERM_spread`, as NumPy's .npz, all or nothing."""
+    arrays = {name: kernel.mean for name, kernel in kernels.items()}
+    arrays |= {f"{name}{SPREAD}": kernel.spread for name, kernel in kernels.items() if kernel.spread is not None}
+    content = io.BytesIO()
+    np.savez(content, **{name: np.asarray(array, np.float32) for name, array in arrays.items()})
+    corpus.write_atomically(pathlib.Path(path), content.getvalue())
+
+
+def load_kernels(path: epath.PathLike) -> dict[str, Kernel]:
+    """What `save_kernels` wrote.
+
+    Raises:
+      OSError, ValueError: it is not there, or damaged.
+    """
+    with epath.Path(path).open("rb") as file, np.load(file) as arrays:
+        found = dict(arrays)
+    return {name: Kernel(found[name], found.get(f"{name}{SPREAD}")) for name in found if not name.endswith(SPREAD)}
 
 
 def fixed_taps(encoder: dict) -> Array:

@@ -23,7 +23,7 @@ from convattn_jax.data.config import DataConfig, TokenizerConfig
 from convattn_jax.data.rows import Prepared, Rows, prepare, reopen
 from convattn_jax.data.tokenizer import Tokenizer
 from convattn_jax.kernels.attend import attend_by
-from convattn_jax.learned import learned_kernels
+from convattn_jax.learned import learned_kernels, save_kernels
 from convattn_jax.masking import MaskingConfig, Vocabulary
 from convattn_jax.model.config import ModelConfig
 from convattn_jax.model.mlm import MaskedLM
@@ -141,17 +141,22 @@ class _Run:
         rows, everywhere = NamedSharding(mesh, sharding.BATCH), NamedSharding(mesh, PartitionSpec())
         self.like = jax.tree.map(lambda s, sh: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sh), shapes, shardings)
         self.init = jax.jit(self._initial_state, out_shardings=shardings)
-        self.train_step = jax.jit(
-            train.make_train_step(self.objective, self.optimizer, c.seed, c.train.accumulate),
+        step = jax.jit(
+            self._train_step,
             donate_argnums=0,
-            in_shardings=(shardings, rows),
+            in_shardings=(shardings, rows, None),
             out_shardings=(shardings, everywhere),
         )
+        self.train_step = lambda state, rows: step(state, rows, np.uint32(c.seed))
         self.eval_step = jax.jit(
             self.objective.evaluation_sums,
             in_shardings=(shardings.params, rows, None),
             out_shardings=everywhere,
         )
+
+    def _train_step(self, state: TrainState, rows: Array, seed: Array) -> tuple[TrainState, dict[str, Array]]:
+        """The seed is an argument: runs that differ in it alone share one compiled program, and so a compile cache."""
+        return train.make_train_step(self.objective, self.optimizer, seed, self.c.train.accumulate)(state, rows)
 
     def _initial_state(self, key: Array) -> TrainState:
         params = self.model.initial_params(key)
@@ -291,10 +296,12 @@ class _Run:
             "parameters": sum(x.size for x in jax.tree.leaves(params)),
             "tokens_per_second": float(np.median(speeds)) if speeds else 0.0,
             "train_seconds": rows[-1]["seconds"],
+            "peak_memory": peak_memory(),
             "account": self.account.seconds,
         }
         plots.plot_losses(rows, self.folder.path / "loss.png", self.c.name, summary["unigram_loss"])
         plots.plot_kernels(kernels, self.folder.path / "kernels.png", self.c.name)
+        save_kernels(kernels, self.folder.path / "kernels.npz")
         self.account.charge("evaluating")
         self.folder.write("summary", summary)
         return summary
@@ -316,6 +323,12 @@ class _Run:
                 *[(KINDS[kind], duration(seconds)) for kind, seconds in summary.get("account", {}).items()],
             ],
         )
+
+
+def peak_memory() -> int | None:
+    """The most bytes that a device of this host has held since the process began; None where it doesn't say (CPU)."""
+    peaks = [(device.memory_stats() or {}).get("peak_bytes_in_use") for device in jax.local_devices()]
+    return max((peak for peak in peaks if peak is not None), default=None)
 
 
 def _slice(rows: np.ndarray, first: int, count: int) -> np.ndarray:

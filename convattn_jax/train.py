@@ -67,7 +67,7 @@ class TrainConfig:
 
 
 def make_train_step(
-    objective: Objective, optimizer: optax.GradientTransformation, seed: int, accumulate: int = 1
+    objective: Objective, optimizer: optax.GradientTransformation, seed: int | Array, accumulate: int = 1
 ) -> Callable[[TrainState, Array], tuple[TrainState, dict[str, Array]]]:
     """(state, rows) -> (state, sums): pure; every random number in it is a function of (seed, state.step)."""
 

@@ -32,6 +32,7 @@ def config(tmp_path, folder):
         files=(str(folder / "*"),),
         heldout_files=(),
         heldout_fraction=0.5,
+        fraction=1.0,
         tfds_name="tiny_prose",
         tfds_split="train",
         tfds_feature="text",

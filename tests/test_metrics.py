@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from convattn_jax.config import UserError
-from convattn_jax.glue.metrics import evaluate
+from convattn_jax.glue.metrics import by_label, evaluate
 
 EXACT = {"rel": 1e-9, "abs": 1e-9}
 
@@ -97,3 +97,13 @@ def test_wrong_calls_are_refused():
         evaluate(("pearson",), np.zeros(0), np.zeros(0))
     with pytest.raises(UserError, match="metric='recall' is unknown"):
         evaluate(("recall",), np.zeros((1, 2)), np.zeros(1))
+
+
+def test_rows_and_hits_are_counted_by_label():
+    logits = np.array([[2.0, 1.0], [0.0, 1.0], [0.0, 3.0], [5.0, 1.0]])
+    assert by_label(logits, np.array([0, 0, 1, 0])) == {"0": [3, 2], "1": [1, 1]}
+
+
+def test_scores_count_as_the_nearest_whole_number():
+    scores = np.array([[1.4], [1.6], [6.9], [np.nan]])
+    assert by_label(scores, np.array([1.0, 1.0, 7.0, 7.0])) == {"1": [2, 1], "7": [2, 1]}

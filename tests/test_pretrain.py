@@ -74,12 +74,12 @@ def test_the_run_folder_holds_what_a_person_looks_for(run):
     names = {path.name for path in run.iterdir()}
     assert names == {
         *("config.json", "data.json", "metrics.jsonl", "summary.json"),
-        *("loss.png", "kernels.png", "tokenizer.model", "tokenizer.json", "checkpoints", "events"),
+        *("loss.png", "kernels.png", "kernels.npz", "tokenizer.model", "tokenizer.json", "checkpoints", "events"),
     }
     assert json.loads((run / "config.json").read_text())["model"]["scores"] == ["content", "fixed", "dynamic_query"]
     summary = json.loads((run / "summary.json").read_text())
     expected = "step eval_loss eval_perplexity eval_accuracy unigram_loss parameters tokens_per_second train_seconds"
-    assert set(expected.split()) <= set(summary)
+    assert {*expected.split(), "peak_memory"} <= set(summary)
     assert summary["step"] == STEPS
     assert summary["eval_perplexity"] == pytest.approx(np.exp(summary["eval_loss"]))
     assert summary["parameters"] == sum(x.size for x in jax.tree.leaves(state(run)[0]))

@@ -13,6 +13,7 @@ from convattn_jax.config import UserError
 from convattn_jax.data import cache, parallel, rows
 from convattn_jax.data.config import DataConfig, TokenizerConfig
 from convattn_jax.data.corpora import Corpus
+from convattn_jax.data.corpus import reduced
 from convattn_jax.data.examples import LAYOUTS, Documents, RowFormat
 from convattn_jax.data.tokenizer import Tokenizer
 
@@ -62,7 +63,7 @@ def interrupted(split):
 
 @pytest.fixture
 def config(tmp_path):
-    return DataConfig("text", ("a.txt",), (), 0.1, "", "", "", "", "packed", 16, str(tmp_path / "cache"), 1)
+    return DataConfig("text", ("a.txt",), (), 0.1, 1.0, "", "", "", "", "packed", 16, str(tmp_path / "cache"), 1)
 
 
 @pytest.fixture
@@ -99,6 +100,23 @@ def test_rows_are_the_layout_of_the_text(config, prepare, layout):
 def test_counts_are_those_of_the_train_text(config, prepare):
     characters = "".join(line for document in TRAIN for line in document)
     assert prepare(config).counts.tolist() == [characters.count(chr(i)) for i in range(256)]
+
+
+def test_less_data_is_a_share_of_the_training_documents_alone(config, prepare):
+    whole, half, tenth = (prepare(dataclasses.replace(config, fraction=share)) for share in (1.0, 0.5, 0.25))
+    assert whole.counts.sum() > half.counts.sum() > tenth.counts.sum() > 0
+    assert len({whole.fingerprint, half.fingerprint, tenth.fingerprint}) == 3
+    np.testing.assert_array_equal(half.heldout.tokens, whole.heldout.tokens)
+    assert half.tokenizer.digest == whole.tokenizer.digest
+
+
+def test_a_smaller_share_lies_within_a_larger_one():
+    documents = [[f"document {i}", "of two lines"] for i in range(400)]
+    kept = {share: list(reduced(corpus(documents), share).documents("train")) for share in (1.0, 0.5, 0.25)}
+    assert kept[1.0] == documents
+    assert [document for document in kept[0.5] if document in kept[0.25]] == kept[0.25]
+    assert len(kept[0.5]) == pytest.approx(200, abs=40)
+    assert len(kept[0.25]) == pytest.approx(100, abs=35)
 
 
 def test_a_large_vocabulary_takes_four_bytes(config, prepare):

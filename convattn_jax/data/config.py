@@ -17,6 +17,7 @@ class DataConfig:
     files: tuple[str, ...]
     heldout_files: tuple[str, ...]
     heldout_fraction: float
+    fraction: float
     tfds_name: str
     tfds_split: str
     tfds_feature: str
@@ -31,6 +32,7 @@ class DataConfig:
         check_choice("data.layout", self.layout, LAYOUTS)
         check(self.length >= 8, f"data.length={self.length} must be at least 8 tokens")
         check(0 < self.heldout_fraction < 1, f"data.heldout_fraction={self.heldout_fraction} must lie between 0 and 1")
+        check(0 < self.fraction <= 1, f"data.fraction={self.fraction} must lie above 0 and at most at 1 (all the text)")
         check(self.workers >= 0, f"data.workers={self.workers} must be 0 (one per core) or more")
         check(
             self.source != "text" or bool(self.files),

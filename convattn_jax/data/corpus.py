@@ -52,6 +52,21 @@ def select(documents: Iterator[Document], split: Split, fraction: float) -> Iter
     return (document for document in documents if is_heldout(document, fraction) == (split == "heldout"))
 
 
+def reduced(corpus: Corpus, fraction: float) -> Corpus:
+    """The corpus with a share of its training documents, chosen by hash; a smaller share lies within a larger one."""
+    if fraction == 1:
+        return corpus
+
+    def chosen(document: Document) -> bool:
+        digest = hashlib.blake2b("\n".join(document).encode(), digest_size=8, salt=b"fraction").digest()
+        return int.from_bytes(digest, "big") < fraction * 2**64
+
+    def read(split: Split) -> Iterator[Document]:
+        return corpus.documents(split) if split == "heldout" else filter(chosen, corpus.documents(split))
+
+    return Corpus(digest_of("fraction", corpus.fingerprint, fraction), corpus.size, read)
+
+
 def to_documents(text: str) -> Iterator[Document]:
     """The non-empty lines of a text as one document, or as several of at most a million characters."""
     lines = [stripped for line in text.split("\n") if (stripped := line.strip())]

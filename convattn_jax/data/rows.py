@@ -20,7 +20,7 @@ from convattn_jax.data import cache, parallel
 from convattn_jax.data import tokenizer as tokenizers
 from convattn_jax.data.config import DataConfig, TokenizerConfig
 from convattn_jax.data.corpora import open_corpus
-from convattn_jax.data.corpus import Corpus, Report, Split, cache_folder, silent
+from convattn_jax.data.corpus import Corpus, Report, Split, cache_folder, reduced, silent
 from convattn_jax.data.examples import LAYOUTS, Documents, RowFormat, token_dtype
 from convattn_jax.data.tokenizer import Tokenizer
 
@@ -59,6 +59,7 @@ def prepare(data: DataConfig, tokenizer: TokenizerConfig, batch_size: int, repor
     given = Tokenizer.from_file(tokenizer.model, tokenizer.normalization) if tokenizer.model else None
     corpus = open_corpus(data, report)
     used = given or _trained(root, corpus, tokenizer, report)
+    corpus = reduced(corpus, data.fraction)  # after the tokenizer: losses per token compare only under the same one
     fingerprint = _digest("rows", VERSION, corpus.fingerprint, used.digest, data.layout, data.length)
     folder = root / f"rows-{fingerprint}"
     if not folder.exists():
@@ -70,7 +71,7 @@ def prepare(data: DataConfig, tokenizer: TokenizerConfig, batch_size: int, repor
     check(
         rows >= batch_size,
         f"train.batch_size={batch_size}: the train text makes only {rows} rows of data.length={data.length}; "
-        "give more text (data.files) or a smaller batch",
+        "give more text (data.files, data.fraction) or a smaller batch",
     )
     check(
         len(prepared.heldout.tokens) > 0,

@@ -48,7 +48,7 @@ def save(folder: RunFolder, task: Task, seed: int, params: Params, ended: Mappin
 
 
 def read(folder: RunFolder, task: Task, seed: int) -> dict[str, Any]:
-    """What a finished seed ended with: metrics, starts_from, steps, seconds."""
+    """What a finished seed ended with: metrics, by_label, starts_from, steps, seconds."""
     return folder.read(f"tasks/{task.name}/{seed}") or {}
 
 

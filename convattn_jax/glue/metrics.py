@@ -89,3 +89,21 @@ def evaluate(names: Iterable[str], predictions: np.ndarray, labels: np.ndarray) 
         else:
             values[name] = SCORE_METRICS[name](predictions.reshape(-1).astype(np.float64), labels.astype(np.float64))
     return values
+
+
+def by_label(predictions: np.ndarray, labels: np.ndarray) -> dict[str, list[int]]:
+    """{label: [rows, rows predicted right]}, in rising order; a score is taken to the nearest whole number.
+
+    Args:
+      predictions: logits (N, C) of classes, or scores (N,) or (N, 1) of a regression.
+      labels: classes or scores (N,).
+    """
+    if predictions.ndim == 2 and predictions.shape[1] > 1:
+        found = predictions.argmax(-1)
+    else:
+        found = np.rint(predictions.reshape(-1).astype(np.float64))  # a score that is not finite equals no label
+    labels = np.rint(labels).astype(np.int64)
+    return {
+        str(label): [int(np.sum(labels == label)), int(np.sum(found[labels == label] == label))]
+        for label in np.unique(labels).tolist()
+    }

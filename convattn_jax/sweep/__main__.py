@@ -1,0 +1,109 @@
+"""python -m convattn_jax.sweep --sweep=configs/sweeps/positions.py: every run of a comparison, one after another."""
+
+import argparse
+import pathlib
+import sys
+from collections.abc import Sequence
+
+from convattn_jax.config import UserError, check, run_file
+
+EPILOG = """\
+  --sweep=configs/sweeps/positions.py:small   the size is passed on to every configuration
+  --config.train.steps=6200                   any key of pre-training, for every run
+  --finetune.glue.data_dir=glue               any key of fine-tuning, for every run
+The same command again goes on where it stopped. Exit status: 0 if all runs are done, 1 if some failed, 2 if an entry
+is invalid (then none was started).
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Runs a sweep, or prints its commands."""
+    args, rest = _parser().parse_known_args(argv)
+    try:
+        sys.exit(_run(args, rest))
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit("interrupted: the same command goes on where it stopped")
+
+
+def _run(args: argparse.Namespace, rest: Sequence[str]) -> int:
+    from convattn_jax.sweep.table import Sweep
+
+    sweep = run_file("sweep", args.sweep, Sweep)
+    config, finetune = _overrides(rest)
+    part, parts = _shard(args.shard)
+    seeds = _numbers(args.seeds)
+
+    from convattn_jax.sweep import plan, runner  # and jax, now that the command line is known to be good
+    from convattn_jax.sweep.board import Board
+
+    only = tuple(name for name in args.only.split(",") if name)
+    stem = pathlib.Path(args.sweep.partition(":")[0]).stem
+    workdir = pathlib.Path(args.workdir or f"sweeps/{stem}")
+    jobs = plan.jobs(sweep, workdir, plan.Options(only, seeds, config, finetune))
+    mine = jobs[part - 1 :: parts]
+    if args.list:
+        print("\n".join(plan.as_text(job) for job in mine))
+        return 0
+    plan.write_plan(sweep, jobs, workdir)
+    try:
+        with Board([job.name for job in mine]) as board, runner.stopping_on_sigterm():
+            failed = runner.run_jobs(mine, workdir, board)
+    except runner.Stopped:
+        print("stopped by SIGTERM: the same command goes on where it stopped", file=sys.stderr)
+        return 143
+    if failed:
+        print(f"error: {len(failed)} of {len(mine)} runs failed: {', '.join(failed)}", file=sys.stderr)
+    print(f"report: python -m convattn_jax.report {workdir}")
+    return 1 if failed else 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        "python -m convattn_jax.sweep",
+        description=__doc__,
+        epilog=EPILOG,
+        allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--sweep", required=True, metavar="FILE[:SIZE]", help="the table of runs")
+    parser.add_argument("--workdir", default="", help="holds all run folders; sweeps/NAME unless given")
+    parser.add_argument("--shard", default="1/1", metavar="I/N", help="the I-th of N parts, one a machine or device")
+    parser.add_argument("--seeds", default="", help="such as 0,1,2, in place of the sweep's own")
+    parser.add_argument("--only", default="", help="variants, with commas between them")
+    parser.add_argument("--list", action="store_true", help="check all entries, print their commands, run nothing")
+    return parser
+
+
+def _overrides(rest: Sequence[str]) -> tuple[dict[str, str], dict[str, str]]:
+    """--config.KEY=VALUE and --finetune.KEY=VALUE."""
+    found: dict[str, dict[str, str]] = {"config": {}, "finetune": {}}
+    for arg in rest:
+        name, equals, value = arg.removeprefix("--").partition("=")
+        group, dot, key = name.partition(".")
+        known = arg.startswith("--") and dot and group in found
+        check(bool(known), f"{arg} is no option; there are --config.KEY=VALUE and --finetune.KEY=VALUE, and see --help")
+        check(bool(equals), f"--{name} has no value: write --{name}=VALUE")
+        found[group][key] = value
+    return found["config"], found["finetune"]
+
+
+def _shard(text: str) -> tuple[int, int]:
+    part, slash, parts = text.partition("/")
+    good = bool(slash) and part.isdecimal() and parts.isdecimal() and 1 <= int(part) <= int(parts)
+    check(good, f"--shard={text} must be I/N with 1 <= I <= N, such as 1/3")
+    return int(part), int(parts)
+
+
+def _numbers(text: str) -> tuple[int, ...]:
+    parts = [part for part in text.split(",") if part]
+    check(all(part.isdecimal() for part in parts), f"--seeds={text} must be whole numbers with commas between them")
+    seeds = tuple(int(part) for part in parts)
+    check(len(set(seeds)) == len(seeds), f"--seeds={text} names a seed twice")
+    return seeds
+
+
+if __name__ == "__main__":
+    main()
