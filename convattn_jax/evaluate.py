@@ -37,6 +37,7 @@ from convattn_jax.model.scores import TERMS
 from convattn_jax.objective import MaskedLanguageModelling
 from convattn_jax.run import RunFolder
 
+DESCRIPTION = "Held-out loss at other lengths and the attention maps of sentences, into the run folder."
 FOLDER = "evaluations"
 TOKENS = 16_384  # of a batch; masks are drawn by batch, so it is a part of what is measured
 ROWS_OF_TOKENS = 1 << 20  # held-out tokens evaluated, at most
@@ -60,7 +61,7 @@ def length_file(run: epath.PathLike, length: int) -> epath.Path:
 
 def check_length(length: int) -> None:
     """Raises a `UserError` unless rows can have so many tokens."""
-    check(8 <= length <= 1 << 16, f"lengths={length} must lie in 8 .. {1 << 16} tokens")
+    check(8 <= length <= TOKENS, f"lengths={length} must lie in 8 .. {TOKENS} tokens")
 
 
 def ends_at(config: dict[str, Any]) -> int | None:
@@ -105,17 +106,11 @@ def at_length(run: Pretrained, length: int) -> dict[str, Any]:
 
 
 def heldout_rows(data: DataConfig, tokenizer: Tokenizer, length: int) -> np.ndarray:
-    """The held-out text as rows of `length` tokens, (N, T).
-
-    Raises:
-      UserError: whatever is wrong with the text, or too little of it for one row.
-    """
+    """The held-out text as rows of `length` tokens, (N, T)."""
     form = RowFormat(length, tokenizer.pad, tokenizer.cls, tokenizer.sep, token_dtype(tokenizer.size))
     text = tasks("heldout", open_corpus(data).documents("heldout"))
     results = (result.documents for result in tokenize(text, tokenizer, data.workers))
-    blocks = [block for block in LAYOUTS[data.layout](results, form) if len(block)]
-    check(bool(blocks), f"lengths={length}: the held-out text is too short for one row; choose a smaller length")
-    return np.concatenate(blocks)
+    return np.concatenate(list(LAYOUTS[data.layout](results, form)))
 
 
 # --- attention -----------------------------------------------------------------------------------------------------
@@ -143,12 +138,13 @@ def attention_of(run: Pretrained, sentence: str) -> AttentionMaps:
     return AttentionMaps(pieces, nothing if maps is None else np.asarray(maps, np.float32)[:, 0])
 
 
-def save_attention(path: epath.Path, found: AttentionMaps) -> None:
+def save_attention(path: epath.PathLike, found: AttentionMaps) -> None:
     """Writes a sentence's maps, all or nothing."""
     content = io.BytesIO()
     np.savez_compressed(content, tokens=np.asarray(found.tokens, np.str_), maps=found.maps.astype(np.float16))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    corpus.write_atomically(pathlib.Path(path), content.getvalue())
+    local = pathlib.Path(path)
+    local.parent.mkdir(parents=True, exist_ok=True)
+    corpus.write_atomically(local, content.getvalue())
 
 
 def load_attention(path: epath.PathLike) -> AttentionMaps:
@@ -194,7 +190,7 @@ def evaluate(path: epath.PathLike, wanted: Wanted) -> None:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Evaluates a run; what the user can mend is one line on stderr and exit status 2."""
-    parser = argparse.ArgumentParser("python -m convattn_jax.evaluate", description=__doc__.partition("\n")[0])
+    parser = argparse.ArgumentParser("python -m convattn_jax.evaluate", description=DESCRIPTION)
     parser.add_argument("--run", required=True, help="a pre-training run folder")
     parser.add_argument("--lengths", default="", help="tokens a row, with commas between them")
     parser.add_argument("--sentence", action="append", default=[], help="whose attention is kept; may be repeated")

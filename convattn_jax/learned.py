@@ -47,7 +47,7 @@ def save_kernels(kernels: Mapping[str, Kernel], path: epath.Path) -> None:
     arrays = {name: kernel.mean for name, kernel in kernels.items()}
     arrays |= {f"{name}{SPREAD}": kernel.spread for name, kernel in kernels.items() if kernel.spread is not None}
     content = io.BytesIO()
-    np.savez(content, **{name: np.asarray(array, np.float32) for name, array in arrays.items()})
+    np.savez(content, **{name: np.asarray(array, np.float32) for name, array in arrays.items()})  # pyright: ignore[reportArgumentType]
     corpus.write_atomically(pathlib.Path(path), content.getvalue())
 
 
