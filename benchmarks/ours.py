@@ -14,7 +14,7 @@ from benchmarks.settings import configured
 from benchmarks.suites import Spec
 from convattn_jax import optim, train
 from convattn_jax.config import from_config
-from convattn_jax.kernels.attend import attend_by
+from convattn_jax.kernels.operations import operations_by
 from convattn_jax.masking import Masked, MaskingConfig, Vocabulary
 from convattn_jax.model.config import ModelConfig
 from convattn_jax.model.mlm import MaskedLM
@@ -96,8 +96,10 @@ def _lower(spec: Spec, assignments: Sequence[str], rows: np.ndarray, vocabulary:
     config = configured(spec.source, [*assignments, *spec.assignments])
     special = np.arange(vocabulary) < SPECIAL
     shape = from_config(ModelConfig, config.model, "model.")
-    attend = cudnn_attend if spec.options.get("attend") == "cudnn" else attend_by(shape.kernel)
-    model = MaskedLM(shape, vocabulary, attend)
+    operations = operations_by(shape.kernel)
+    if spec.options.get("attend") == "cudnn":
+        operations = operations._replace(attend=cudnn_attend)
+    model = MaskedLM(shape, vocabulary, operations)
     masking = from_config(MaskingConfig, config.masking, "masking.")
     every = spec.options.get("head") == "all"
     objective = (EveryPosition if every else MaskedLanguageModelling)(

@@ -30,7 +30,7 @@ from convattn_jax.data.examples import LAYOUTS, RowFormat, token_dtype
 from convattn_jax.data.parallel import tasks, tokenize
 from convattn_jax.data.tokenizer import Tokenizer
 from convattn_jax.inference import Pretrained, load_run
-from convattn_jax.kernels.attend import attend_by
+from convattn_jax.kernels.operations import operations_by
 from convattn_jax.masking import MaskingConfig, Vocabulary
 from convattn_jax.model.inputs import from_mask
 from convattn_jax.model.scores import TERMS
@@ -85,7 +85,7 @@ def at_length(run: Pretrained, length: int) -> dict[str, Any]:
     wanted = min(len(rows), max(size, ROWS_OF_TOKENS // length))
     rows = rows[np.linspace(0, len(rows) - 1, wanted).astype(np.int64)]
 
-    model = run.model.clone(attend=attend_by(run.model.config.kernel))
+    model = run.model.clone(operations=operations_by(run.model.config.kernel))
     masking = from_config(MaskingConfig, run.config["masking"], "masking.")
     no_unigram = np.zeros(model.vocab_rows, np.float32)
     objective = MaskedLanguageModelling(model, Vocabulary.of(run.tokenizer), data.layout, masking, no_unigram)

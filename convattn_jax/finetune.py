@@ -30,10 +30,10 @@ from convattn_jax.glue.data import TaskData, Texts, load_data
 from convattn_jax.glue.tasks import TASKS, Task, recipe, select, steps_for
 from convattn_jax.glue.training import Batch, Schedule, Trainer, bytes_per_seed, seeds_that_fit, stack
 from convattn_jax.inference import Pretrained, load_run
-from convattn_jax.kernels.attend import attend_by
-from convattn_jax.model import attention
+from convattn_jax.kernels.operations import operations_by
 from convattn_jax.model.classifier import SequenceClassifier
 from convattn_jax.model.config import ModelConfig
+from convattn_jax.model.operations import PLAIN
 from convattn_jax.model.scores import TERMS
 from convattn_jax.run import RunFolder
 
@@ -299,9 +299,9 @@ def classifier(pretrained: Pretrained, outputs: int) -> SequenceClassifier:
 
 
 def classifier_of(config: ModelConfig, vocabulary: int, outputs: int) -> SequenceClassifier:
-    """Its attention is the fused kernel's on one device; the compiler can't divide a kernel among several."""
-    attend = attend_by(config.kernel) if jax.local_device_count() == 1 else attention.attend
-    return SequenceClassifier(config, vocabulary, attend, classes=outputs)
+    """On one device with fused kernels; the compiler can't divide a kernel among several."""
+    operations = operations_by(config.kernel) if jax.local_device_count() == 1 else PLAIN
+    return SequenceClassifier(config, vocabulary, operations, classes=outputs)
 
 
 def memory_of(device: Any) -> int | None:

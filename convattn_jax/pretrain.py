@@ -22,7 +22,7 @@ from convattn_jax.data import loader
 from convattn_jax.data.config import DataConfig, TokenizerConfig
 from convattn_jax.data.rows import Prepared, Rows, prepare, reopen
 from convattn_jax.data.tokenizer import Tokenizer
-from convattn_jax.kernels.attend import attend_by
+from convattn_jax.kernels.operations import operations_by
 from convattn_jax.learned import learned_kernels, save_kernels
 from convattn_jax.masking import MaskingConfig, Vocabulary
 from convattn_jax.model.config import ModelConfig
@@ -127,8 +127,8 @@ class _Run:
         self.c, self.folder, self.prepared, self.mesh, self.console = c, folder, prepared, mesh, console
         self.account = account
         tokenizer = prepared.tokenizer
-        attend = sharding.shard_attention(attend_by(c.model.kernel), mesh)
-        self.model = MaskedLM(c.model, tokenizer.size, attend)
+        operations = sharding.shard_operations(operations_by(c.model.kernel), mesh)
+        self.model = MaskedLM(c.model, tokenizer.size, operations)
         unigram = unigram_log_probabilities(prepared.counts, tokenizer.special, self.model.vocab_rows)
         self.objective = MaskedLanguageModelling(
             self.model, Vocabulary.of(tokenizer), c.data.layout, c.masking, unigram

@@ -14,6 +14,8 @@ from jax.sharding import PartitionSpec as P
 
 from convattn_jax.config import check
 from convattn_jax.model.attention import Attend
+from convattn_jax.model.embedding import AddByIds
+from convattn_jax.model.operations import Operations
 
 AXES = ("data", "fsdp", "tensor")
 BATCH = P(("data", "fsdp"))  # rows of a batch; every other array's placement follows from RULES
@@ -103,6 +105,32 @@ def tree_shardings(tree: Any, mesh: Mesh | AbstractMesh) -> Any:
     return jax.tree_util.tree_map_with_path(
         lambda path, leaf: NamedSharding(mesh, spec(path_name(path), leaf.shape, mesh)), tree
     )
+
+
+def shard_operations(operations: Operations, mesh: Mesh) -> Operations:
+    """A model's operations, each device at work on its own rows and heads."""
+    return operations._replace(
+        attend=shard_attention(operations.attend, mesh), add_by_ids=shard_sums(operations.add_by_ids, mesh)
+    )
+
+
+def shard_sums(add_by_ids: AddByIds, mesh: Mesh) -> AddByIds:
+    """The same function where each device adds up its own tokens, and then all of them their sums."""
+    if mesh.size == 1:
+        return add_by_ids
+    axes, parts = BATCH[0], mesh.shape["data"] * mesh.shape["fsdp"]
+
+    def sharded(ids: jax.Array, x: jax.Array, rows: int, dtype: jnp.dtype) -> jax.Array:
+        if ids.shape[0] % parts:
+            return add_by_ids(ids, x, rows, dtype)
+
+        def local(ids, x):
+            return jax.lax.psum(add_by_ids(ids, x, rows, dtype), axes)
+
+        mapped = jax.shard_map(local, mesh=mesh, in_specs=(P(axes), P(axes)), out_specs=P(), check_vma=False)
+        return mapped(ids, x)
+
+    return sharded
 
 
 def shard_attention(attend: Attend, mesh: Mesh) -> Attend:

@@ -11,8 +11,8 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from convattn_jax import sharding
 from convattn_jax.masking import MaskingConfig
-from convattn_jax.model.attention import attend
 from convattn_jax.model.mlm import MaskedLM
+from convattn_jax.model.operations import PLAIN
 from convattn_jax.objective import MaskedLanguageModelling
 from convattn_jax.optim import OptimizerConfig, make_optimizer
 from convattn_jax.sharding import MeshConfig
@@ -30,7 +30,7 @@ def trained(mesh: sharding.Mesh):
     # all four terms: taps of heads, shared taps and segments cross the map; dropout depends on global rows and heads
     scores = ("content", "fixed", "dynamic_query", "dynamic_key")
     config = tiny.model_config(layers=1, scores=scores, taps_init="wide", attention_dropout=0.3)
-    model = MaskedLM(config, SIZE, sharding.shard_attention(attend, mesh))
+    model = MaskedLM(config, SIZE, sharding.shard_operations(PLAIN, mesh))
     objective = MaskedLanguageModelling(model, TOKENIZER, "pairs", MaskingConfig(0.15, False), np.zeros(SIZE))
     optimizer = make_optimizer(OptimizerConfig(0.01, 0.0, 0.9, 0.99, 1e-6, 0.01, 1.0), 10)
 

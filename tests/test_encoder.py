@@ -13,6 +13,7 @@ from convattn_jax.model import encoder as encoder_module
 from convattn_jax.model.encoder import stack_layers, unstack_layers
 from convattn_jax.model.inputs import from_mask, from_packed
 from convattn_jax.model.mlm import MaskedLM
+from convattn_jax.model.operations import PLAIN
 
 VOCABULARY = 20
 PAD, CLS, SEP = 0, 1, 2
@@ -226,7 +227,7 @@ def test_no_two_places_share_a_dropout_seed(monkeypatch):
         return v
 
     monkeypatch.setattr(encoder_module, "dropout", recorded)
-    recording = MaskedLM(tiny.model_config(layers=2), VOCABULARY, recording_attend)
+    recording = MaskedLM(tiny.model_config(layers=2), VOCABULARY, PLAIN._replace(attend=recording_attend))
     variables = {"params": recording.initial_params(jax.random.key(0))}
     recording.apply(variables, from_mask(IDS), rngs={"dropout": KEY})
     assert len(seen) == 1 + 3 * 2  # the embeddings, and of each layer attention, its output and the feed-forward's

@@ -1,36 +1,16 @@
 """The parts that all variants share, against what NumPy says they mean."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from convattn_jax.model.heads import cross_entropy, take_positions
-from convattn_jax.model.layers import layer_norm, linear, lookup, sum_by_product, sum_by_scatter, wide_product
+from convattn_jax.model.heads import cross_entropy, take_positions, tied_logits
+from convattn_jax.model.layers import gelu, layer_norm, linear, wide_product
 
 draw = np.random.default_rng(0)
-IDS = jnp.asarray(draw.integers(0, 5, (3, 7)))  # of 6 rows: some often, one never
-
-
-@pytest.mark.parametrize("form", [sum_by_scatter, sum_by_product])
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_both_forms_of_the_embedding_gradient_add_up_each_rows_uses(form, dtype):
-    gradient = jnp.asarray(draw.normal(size=(21, 4)), dtype)
-    expected = np.zeros((6, 4), np.float32)
-    np.add.at(expected, np.asarray(IDS).reshape(-1), np.asarray(gradient, np.float32))
-    summed = form(IDS.reshape(-1), gradient, 6, jnp.dtype("float32"))
-    assert summed.dtype == jnp.float32  # of the parameters, whatever the activations are
-    np.testing.assert_allclose(summed, expected, rtol=1e-5, atol=1e-6)
-
-
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_a_look_up_reads_rows_and_its_gradient_stays_in_the_tables_type(dtype):
-    table = jnp.asarray(draw.normal(size=(6, 4)), jnp.float32)
-    out, pull = jax.vjp(lambda table: lookup(table, IDS, jnp.dtype(dtype)), table)
-    np.testing.assert_array_equal(out, table.astype(dtype)[IDS])
-    (gradient,) = pull(jnp.ones_like(out))
-    assert gradient.dtype == jnp.float32
-    np.testing.assert_array_equal(gradient[:, 0], np.bincount(np.asarray(IDS).reshape(-1), minlength=6))
 
 
 def test_layer_norm_normalises_the_last_axis():
@@ -54,6 +34,29 @@ def test_layer_norm_of_equal_entries_is_its_bias_with_a_finite_gradient():
 
     np.testing.assert_array_equal(norm(jnp.zeros((1, 4))), 0.5)
     assert np.isfinite(jax.grad(lambda x: norm(x)[0, 0])(jnp.zeros((1, 4)))).all()
+
+
+def test_layer_norm_has_the_gradient_of_what_it_computes():
+    def plain(x, scale, bias):
+        centred = x - x.mean(-1, keepdims=True)
+        return centred / jnp.sqrt(jnp.square(centred).mean(-1, keepdims=True)) * scale + bias
+
+    arrays = [jnp.asarray(draw.normal(size=size), jnp.float32) for size in ((2, 3, 8), 8, 8)]
+    cotangent = jnp.asarray(draw.normal(size=(2, 3, 8)), jnp.float32)
+    ours, theirs = (jax.vjp(f, *arrays)[1](cotangent) for f in (layer_norm, plain))
+    for a, b in zip(ours, theirs, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
+
+
+def test_gelu_is_x_times_the_normal_distribution_and_so_is_its_slope():
+    x = np.linspace(-6, 6, 49)
+    cdf, density = np.array([math.erf(v / math.sqrt(2)) / 2 + 0.5 for v in x]), np.exp(-(x**2) / 2) / np.sqrt(2 * np.pi)
+    value, pull = jax.vjp(gelu, jnp.asarray(x, jnp.float32))
+    np.testing.assert_allclose(value, x * cdf, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(pull(jnp.ones(49, jnp.float32))[0], cdf + x * density, rtol=1e-5, atol=1e-6)
+    half = gelu(jnp.asarray(x, jnp.bfloat16))
+    assert half.dtype == jnp.bfloat16
+    np.testing.assert_allclose(half.astype(jnp.float32), x * cdf, rtol=0.02, atol=0.005)
 
 
 def test_cross_entropy_is_the_negative_log_probability_of_the_label():
@@ -90,3 +93,17 @@ def test_wide_products_of_half_precision_are_in_float32():
     out = wide_product("ik,jk->ij", a, b)
     assert out.dtype == jnp.float32
     np.testing.assert_allclose(out, np.asarray(a, np.float32) @ np.asarray(b, np.float32).T, rtol=1e-5, atol=1e-5)
+
+
+def test_logits_of_half_precision_and_their_gradients_are_products_accumulated_in_float32():
+    x, word = (jnp.asarray(draw.normal(size=size), jnp.bfloat16) for size in ((4, 64), (7, 64)))
+    word = word.astype(jnp.float32)  # as the table is kept
+    logits, pull = jax.vjp(tied_logits, x, word)
+    wide_x, wide_word = (np.asarray(a, np.float32) for a in (x, word))
+    np.testing.assert_allclose(logits, wide_x @ wide_word.T, rtol=1e-5, atol=1e-5)
+    gradient = jnp.asarray(draw.normal(size=(4, 7)), jnp.bfloat16)
+    d_x, d_word = pull(gradient.astype(jnp.float32))
+    assert (d_x.dtype, d_word.dtype) == (jnp.bfloat16, jnp.float32)
+    wide = np.asarray(gradient, np.float32)
+    np.testing.assert_allclose(np.asarray(d_x, np.float32), wide @ wide_word, rtol=0.01, atol=0.01)
+    np.testing.assert_allclose(d_word, wide.T @ wide_x, rtol=1e-5, atol=1e-5)

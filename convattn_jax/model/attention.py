@@ -1,30 +1,21 @@
-"""Attention with relative positions: scores, masked softmax, values; pure functions, then the module of a layer.
+"""Attention with relative positions: scores, masked softmax, values; pure functions.
 
     alpha_ij = softmax_j(score_ij over the visible j)        out_i = sum_j dropout(alpha_ij) v_j
 
 (Chang et al. 2021, section 3). B batch, T query position, S key position, H heads, K head size, D width, W taps.
 """
 
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import linen as nn
 from jax import Array
 from jaxtyping import Bool, Float, Int, Integer
 
-from convattn_jax.model.branches import BRANCHES
-from convattn_jax.model.config import ModelConfig
 from convattn_jax.model.dropout import Seed, keep_pairs
-from convattn_jax.model.inputs import Inputs
-from convattn_jax.model.layers import Linear, wide_product
-from convattn_jax.model.projections import projection
-from convattn_jax.model.rotations import ROTATIONS
+from convattn_jax.model.layers import wide_product
 from convattn_jax.model.score import Score
-from convattn_jax.model.scores import TERMS
-from convattn_jax.model.term import Surroundings, TermShape
 
 MAX_ONE_HOT_TAPS = 65  # a one-hot product beats a gather up to about this many taps (docs/performance.md)
 
@@ -148,57 +139,3 @@ def attend(
 
 
 Attend = Callable[..., Array]  # the signature of `attend`
-
-
-class SelfAttention(nn.Module):
-    """Projections, rotation, the score's terms, attention, branches, output projection; and what was asked for."""
-
-    config: ModelConfig
-    attend: Attend = attend
-
-    @nn.compact
-    def __call__(
-        self,
-        x: Float[Array, "B T D"],
-        inputs: Inputs,
-        seed: Seed | None,
-        shared: Mapping[str, Any],
-        outputs: tuple[str, ...] = (),
-    ) -> tuple[Float[Array, "B T D"], dict[str, Array]]:
-        c = self.config
-        heads, shape = (c.heads, c.head_size), c.term_shape()
-        if c.convolutional:
-            x = x * inputs.valid[..., None].astype(x.dtype)
-        q = projection(c.query_key, c.width, heads, "query")(x, inputs)
-        k = projection(c.query_key, c.width, heads, "key")(x, inputs)
-        v = projection(c.value, c.width, heads, "value")(x, inputs)
-        rotate = ROTATIONS[c.rotation].function
-        q, k = rotate(q, inputs.positions), rotate(k, inputs.positions)
-        score = sum((_term(name, shape)(_surroundings(name, inputs, shared)) for name in c.scores), Score())
-
-        asked: dict[str, Array] = {}
-        if "dynamic_query" in outputs and score.dynamic_query is not None:
-            asked["dynamic_query"] = dynamic_taps(q, score.dynamic_query)
-        if "dynamic_key" in outputs and score.dynamic_key is not None:
-            asked["dynamic_key"] = dynamic_taps(k, score.dynamic_key)
-        segments, alpha = (inputs.query_segments, inputs.key_segments), None
-        if "attention" in outputs or any(BRANCHES[name].needs_map for name in c.branches):
-            alpha = attention_map(q, k, score, *segments)
-            if "attention" in outputs:
-                asked["attention"] = alpha
-            alpha = drop(alpha, c.attention_dropout, seed)
-            out = weighted_values(alpha, v)
-        else:
-            out = self.attend(q, k, v, score, *segments, c.attention_dropout, seed)
-        for name in c.branches:
-            out += BRANCHES[name].module(shape, name=name)(v, alpha, inputs)
-        return Linear(heads, (c.width,), name="output")(out), asked
-
-
-def _term(name: str, shape: TermShape) -> nn.Module:
-    return TERMS[name].module(shape, name=name)
-
-
-def _surroundings(name: str, inputs: Inputs, shared: Mapping[str, Any]) -> Surroundings:
-    row = TERMS[name].shared
-    return Surroundings(inputs, None if row is None else shared[row[0]])

@@ -9,8 +9,9 @@ from flax import linen as nn
 from jax import Array
 from jaxtyping import Float
 
+from convattn_jax.model.embedding import lookup
 from convattn_jax.model.inputs import Inputs
-from convattn_jax.model.layers import kernel_init, lookup
+from convattn_jax.model.layers import kernel_init
 from convattn_jax.model.score import Score
 from convattn_jax.model.t5 import T5Table, t5
 from convattn_jax.model.term import Surroundings, Term, TermRow

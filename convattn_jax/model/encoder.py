@@ -10,12 +10,13 @@ from jax import Array
 from jaxtyping import Float
 
 from convattn_jax.config import check_choice
-from convattn_jax.model.attention import Attend, attend
 from convattn_jax.model.config import ModelConfig
 from convattn_jax.model.dropout import Seed, dropout, seed_from_key
+from convattn_jax.model.embedding import lookup
 from convattn_jax.model.inputs import Inputs
-from convattn_jax.model.layers import LayerNorm, Linear, gelu, kernel_init, lookup
+from convattn_jax.model.layers import LayerNorm, Linear, gelu, kernel_init
 from convattn_jax.model.mixers import MIXERS
+from convattn_jax.model.operations import PLAIN, Operations
 from convattn_jax.model.scores import TERMS
 
 OUTPUTS = ("hidden", "attention", "dynamic_query", "dynamic_key")
@@ -37,16 +38,17 @@ class Embeddings(nn.Module):
 
     config: ModelConfig
     vocab_rows: int
+    operations: Operations = PLAIN
 
     @nn.compact
     def __call__(self, inputs: Inputs, seed: Seed | None) -> Float[Array, "B T D"]:
         c, dtype = self.config, jnp.dtype(self.config.dtype)
         word = self.param("word", kernel_init, (self.vocab_rows, c.embedding))
         types = self.param("type", kernel_init, (2, c.embedding)).astype(dtype)
-        x = lookup(word, inputs.ids, dtype)
+        x = lookup(word, inputs.ids, dtype, self.operations.add_by_ids)
         if c.positions == "absolute":
             table = self.param("position", kernel_init, (c.max_length, c.embedding))
-            x += lookup(table, inputs.positions, dtype)
+            x += lookup(table, inputs.positions, dtype, self.operations.add_by_ids)
         x += jnp.where(inputs.types[..., None] == 1, types[1], types[0])
         x = dropout(LayerNorm(c.embedding, name="norm")(x), c.dropout, seed)
         return x if c.embedding == c.width else Linear((c.embedding,), (c.width,), name="project")(x)
@@ -56,7 +58,7 @@ class Block(nn.Module):
     """One layer: x = LN(x + attention(x)); x = LN(x + W_2 gelu(W_1 x)). Returns (x, named outputs)."""
 
     config: ModelConfig
-    attend: Attend
+    operations: Operations
     outputs: tuple[str, ...]
 
     @nn.compact
@@ -65,7 +67,7 @@ class Block(nn.Module):
     ) -> tuple[Float[Array, "B T D"], dict[str, Array]]:
         c = self.config
         seeds = (None, None, None) if seed is None else tuple(seed)
-        mixer = MIXERS[c.mixer].module(c, self.attend, name="attention")
+        mixer = MIXERS[c.mixer].module(c, self.operations, name="attention")
         out, asked = mixer(x, inputs, seeds[0], shared, self.outputs)
         x = LayerNorm(c.width, name="attention_norm")(x + dropout(out, c.dropout, seeds[1]))
         hidden = gelu(Linear((c.width,), (c.hidden,), name="mlp_in")(x))
@@ -81,7 +83,7 @@ class Encoder(nn.Module):
 
     config: ModelConfig
     vocab_rows: int
-    attend: Attend = attend
+    operations: Operations = PLAIN
 
     @nn.compact
     def __call__(self, inputs: Inputs, outputs: tuple[str, ...] = ()) -> Encoded:
@@ -93,7 +95,9 @@ class Encoder(nn.Module):
             key = self.make_rng("dropout")
             seeds = jax.vmap(seed_from_key)(jax.random.split(key, 3 * c.layers + 1))
         per_layer = None if seeds is None else seeds[1:].reshape(c.layers, 3, 2)
-        x = Embeddings(c, self.vocab_rows, name="embeddings")(inputs, None if seeds is None else seeds[0])
+        x = Embeddings(c, self.vocab_rows, self.operations, name="embeddings")(
+            inputs, None if seeds is None else seeds[0]
+        )
 
         shared_modules = dict(row.shared for name in c.scores if (row := TERMS[name]).shared is not None)
         shared = {name: module(c.term_shape(), name=name)(inputs) for name, module in shared_modules.items()}
@@ -108,12 +112,12 @@ class Encoder(nn.Module):
                 in_axes=(0 if per_layer is not None else nn.broadcast, nn.broadcast, nn.broadcast),  # pyright: ignore[reportArgumentType]
                 length=c.layers,
             )
-            x, stacked = layers(c, self.attend, outputs, name="layers")(x, per_layer, inputs, shared)
+            x, stacked = layers(c, self.operations, outputs, name="layers")(x, per_layer, inputs, shared)
         else:
             asked = []
             for i in range(c.layers):
                 seed = None if per_layer is None else per_layer[i]
-                x, named = block(c, self.attend, outputs, name=f"layer_{i}")(x, seed, inputs, shared)
+                x, named = block(c, self.operations, outputs, name=f"layer_{i}")(x, seed, inputs, shared)
                 asked.append(named)
             stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *asked)
         if "hidden" in outputs:

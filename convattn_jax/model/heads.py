@@ -22,6 +22,27 @@ def cross_entropy(logits: Float[Array, "... V"], labels: Int[Array, "..."]) -> F
     return jax.nn.logsumexp(logits, axis=-1) - jnp.where(hit, logits, 0).sum(-1)
 
 
+@jax.custom_vjp
+def tied_logits(x: Float[Array, "N E"], word: Float[Array, "V E"]) -> Float[Array, "N V"]:
+    """x_n.word_v in float32 or better, of a table in the type of x; so is the logits' gradient in the products of the
+    backward pass, whose results are as wide as what they are gradients of."""
+    return wide_product("ne,ve->nv", x, word.astype(x.dtype))
+
+
+def _tied_forward(x: Array, word: Array) -> tuple[Array, tuple[Array, Array]]:
+    return tied_logits(x, word), (x, word)
+
+
+def _tied_backward(saved: tuple[Array, Array], gradient: Array) -> tuple[Array, Array]:
+    x, word = saved
+    gradient = gradient.astype(x.dtype)
+    d_x, d_word = wide_product("nv,ve->ne", gradient, word.astype(x.dtype)), wide_product("nv,ne->ve", gradient, x)
+    return d_x.astype(x.dtype), d_word.astype(word.dtype)
+
+
+tied_logits.defvjp(_tied_forward, _tied_backward)
+
+
 class MLMHead(nn.Module):
     """dense(D -> E), gelu, LayerNorm, product with the token embedding, bias; surplus vocabulary rows get -inf."""
 
@@ -34,6 +55,6 @@ class MLMHead(nn.Module):
         x = gelu(Linear((self.width,), (embedding,), name="transform")(x))
         x = LayerNorm(embedding, name="norm")(x)
         bias = self.param("bias", nn.initializers.zeros, (rows,))
-        logits = wide_product("ne,ve->nv", x.reshape(-1, embedding), word.astype(x.dtype)) + bias
+        logits = tied_logits(x.reshape(-1, embedding), word) + bias
         logits = jnp.where(jnp.arange(rows) < self.vocab_size, logits, jnp.finfo(logits.dtype).min)
         return logits.reshape(*x.shape[:-1], rows)

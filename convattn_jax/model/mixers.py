@@ -13,13 +13,15 @@ from flax import linen as nn
 from jax import Array
 from jaxtyping import Float
 
-from convattn_jax.model.attention import Attend, SelfAttention, attend, drop, masked_softmax, visible, weighted_values
+from convattn_jax.model.attention import drop, masked_softmax, visible, weighted_values
 from convattn_jax.model.config import ModelConfig
 from convattn_jax.model.convolution import neighbour, reachable
 from convattn_jax.model.dropout import Seed
 from convattn_jax.model.inputs import Inputs
 from convattn_jax.model.layers import Linear, wide_product
+from convattn_jax.model.operations import PLAIN, Operations
 from convattn_jax.model.projections import Depthwise, taps_init
+from convattn_jax.model.self_attention import SelfAttention
 
 Mixed = tuple[Float[Array, "B T D"], dict[str, Array]]
 
@@ -44,7 +46,7 @@ class LightweightConvolution(nn.Module):
     """Gated linear unit, lightweight convolution with taps (H, W), output projection (Wu et al. 2019, figure 2)."""
 
     config: ModelConfig
-    attend: Attend = attend
+    operations: Operations = PLAIN
 
     @nn.compact
     def __call__(
@@ -93,7 +95,7 @@ class SpanDynamicConvolution(nn.Module):
     """
 
     config: ModelConfig
-    attend: Attend = attend
+    operations: Operations = PLAIN
     as_reference: bool = False
 
     @nn.compact

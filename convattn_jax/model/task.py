@@ -9,10 +9,10 @@ from jax import Array
 from jaxtyping import Float
 
 from convattn_jax.config import check
-from convattn_jax.model.attention import Attend, attend
 from convattn_jax.model.config import ModelConfig
 from convattn_jax.model.encoder import Encoded, Encoder, stack_layers
 from convattn_jax.model.inputs import Inputs, from_mask
+from convattn_jax.model.operations import PLAIN, Operations
 from convattn_jax.model.scores import TERMS
 
 
@@ -21,11 +21,11 @@ class TaskModel(nn.Module):
 
     config: ModelConfig
     vocab_size: int
-    attend: Attend = attend
+    operations: Operations = PLAIN
 
     def setup(self):
         """Names the encoder; a task adds its head."""
-        self.encoder = Encoder(self.config, self.vocab_rows, self.attend)
+        self.encoder = Encoder(self.config, self.vocab_rows, self.operations)
 
     @property
     def vocab_rows(self) -> int:

@@ -1,0 +1,9 @@
+"""A model's operations in the forms that `model.kernel` asks for."""
+
+from convattn_jax.kernels.attend import attend_by
+from convattn_jax.model.operations import PLAIN, Operations
+
+
+def operations_by(kernel: str) -> Operations:
+    """Fused kernels where they serve (`auto`), or the implementation that must serve every call."""
+    return PLAIN._replace(attend=attend_by(kernel))
