@@ -10,10 +10,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from benchmarks import lengths
 from benchmarks.settings import configured
-from benchmarks.suites import Spec
+from benchmarks.suites import Spec, Suite
 from convattn_jax import optim, train
 from convattn_jax.config import from_config
+from convattn_jax.data.examples import LAYOUTS, token_dtype
 from convattn_jax.kernels.operations import operations_by
 from convattn_jax.masking import Masked, MaskingConfig, Vocabulary
 from convattn_jax.model.config import ModelConfig
@@ -30,7 +32,7 @@ class Stepper(NamedTuple):
     run: Callable[[int], float]  # some steps, waits for the last; seconds
     program: Callable[[], str]  # XLA's text of the compiled step
     arithmetic: float  # model FLOP of a step, see `model_arithmetic`
-    tokens: int  # of a step, padding not counted
+    tokens: list[int]  # of each batch, padding not counted; a run begins with the first
     temporary_bytes: int  # what a step holds beyond its arguments and results, as the compiler plans it
 
 
@@ -62,38 +64,48 @@ def cudnn_attend(q, k, v, score, query_segments, key_segments, dropout_rate, see
 
 def random_rows(batch: int, length: int, vocabulary: int) -> np.ndarray:
     """(BATCHES, batch, length) full rows `[CLS] a [SEP] b [SEP]` of random ids."""
-    dtype = np.uint16 if vocabulary <= 1 << 16 else np.uint32
-    rows = np.random.default_rng(0).integers(SPECIAL, vocabulary, (BATCHES, batch, length), dtype)
+    rows = np.random.default_rng(0).integers(SPECIAL, vocabulary, (BATCHES, batch, length), token_dtype(vocabulary))
     rows[:, :, 0], rows[:, :, length // 2], rows[:, :, -1] = 2, 3, 3
     return rows
 
 
+def rows_by_layout(suite: Suite) -> dict[str, np.ndarray]:
+    """{layout: (BATCHES, B, T) ids}: full rows, or the suite's mix of lengths padded (`pairs`) and packed."""
+    count, t, vocabulary = BATCHES * suite.batch, suite.length, suite.vocabulary
+    if not suite.mixed:
+        rows = random_rows(suite.batch, t, vocabulary)
+        return dict.fromkeys(LAYOUTS, rows)
+    padded = lengths.padded_rows(lengths.draw(count, t, 0), t, vocabulary, 1)
+    enough = 2 * count * t // max(1, int(lengths.draw(1000, t, 0).mean()))
+    packed = lengths.packed_rows(lengths.draw(enough, t, 0), t, vocabulary, 1)[:count]
+    return {"pairs": padded.reshape(BATCHES, -1, t), "packed": packed.reshape(BATCHES, -1, t)}
+
+
 def steppers(
-    specs: dict[str, Spec],
-    assignments: Sequence[str],
-    rows: np.ndarray,
-    vocabulary: int,
-    leave_out: Callable[..., None],
+    specs: dict[str, Spec], assignments: Sequence[str], suite: Suite, leave_out: Callable[[str, Exception], None]
 ) -> dict[str, Stepper]:
     """Contenders, compiled side by side; one that fails is handed to leave_out(name, error)."""
-    lowered, made = {}, {}
+    lowered, made, rows = {}, {}, rows_by_layout(suite)
     for name, spec in specs.items():
         try:
-            lowered[name] = _lower(spec, assignments, rows, vocabulary)
+            lowered[name] = _lower(spec, assignments, rows, suite.vocabulary)
         except Exception as error:
             leave_out(name, error)
     with ThreadPoolExecutor(8) as pool:
         futures = {name: [pool.submit(part.compile) for part in parts[:2]] for name, parts in lowered.items()}
     for name, (start, step) in futures.items():
         try:
-            made[name] = _stepper(start.result(), step.result(), rows, lowered[name][2])
+            made[name] = _stepper(start.result(), step.result(), *lowered[name][2:])
         except Exception as error:
             leave_out(name, error)
     return made
 
 
-def _lower(spec: Spec, assignments: Sequence[str], rows: np.ndarray, vocabulary: int) -> tuple[Any, Any, float]:
+def _lower(
+    spec: Spec, assignments: Sequence[str], rows_of: dict[str, np.ndarray], vocabulary: int
+) -> tuple[Any, Any, float, np.ndarray]:
     config = configured(spec.source, [*assignments, *spec.assignments])
+    rows = rows_of[config.data.layout]
     special = np.arange(vocabulary) < SPECIAL
     shape = from_config(ModelConfig, config.model, "model.")
     operations = operations_by(shape.kernel)
@@ -117,10 +129,10 @@ def _lower(spec: Spec, assignments: Sequence[str], rows: np.ndarray, vocabulary:
     _, batch, length = rows.shape
     predicted = batch * (length if every else masking.slots(length))
     arithmetic = model_arithmetic(shape, model.vocab_rows, batch, length, predicted)
-    return jax.jit(start).lower(key), step.lower(jax.eval_shape(start, key), one), arithmetic
+    return jax.jit(start).lower(key), step.lower(jax.eval_shape(start, key), one), arithmetic, rows
 
 
-def _stepper(start: Any, step: Any, rows: np.ndarray, arithmetic: float) -> Stepper:
+def _stepper(start: Any, step: Any, arithmetic: float, rows: np.ndarray) -> Stepper:
     state = start(jax.random.key(0))
     batches = [jax.device_put(part) for part in rows]
 
@@ -134,7 +146,12 @@ def _stepper(start: Any, step: Any, rows: np.ndarray, arithmetic: float) -> Step
         return time.perf_counter() - began
 
     temporary = step.memory_analysis().temp_size_in_bytes
-    return Stepper(run, lambda: step.as_text() or "", arithmetic, int((rows[0] != 0).sum()), temporary)
+    return Stepper(run, lambda: step.as_text() or "", arithmetic, tokens_of(rows), temporary)
+
+
+def tokens_of(rows: np.ndarray) -> list[int]:
+    """Tokens of each batch, padding not counted."""
+    return (rows != lengths.PAD).sum((1, 2)).tolist()
 
 
 def matrix_product(size: int) -> Callable[[int], float]:

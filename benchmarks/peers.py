@@ -161,7 +161,7 @@ def fastest_sdpa(c: PeerConfig, batch: int, masked: bool) -> str:
 
     shape = (batch, c.length, c.heads, c.width // c.heads)
     q, k, v, g = (torch.randn(shape, device="cuda", dtype=torch.bfloat16).transpose(1, 2) for _ in range(4))
-    mask = torch.ones((batch, 1, 1, c.length), device="cuda", dtype=torch.bool) if masked else None
+    mask = torch.ones((batch, 1, c.length, c.length), device="cuda", dtype=torch.bool) if masked else None
     inputs = [x.requires_grad_() for x in (q, k, v)]
     times = {}
     for name in ("default", *SDPA):

@@ -1,7 +1,7 @@
 """Times whole training steps: masking, forward, backward, clipping, optimizer; peers take turns with ours.
 
     python -m benchmarks.step                                       # the demonstration: composite beside plain BERT
-    python -m benchmarks.step --suite=base,small,base512,base2048 --authors=PATH --out=results      # one GPU, PyTorch
+    python -m benchmarks.step --suite=base,small,base512,base2048,mixed --authors=PATH --out=results
     python -m benchmarks.step --configs=configs/composite.py:small,configs/composite.py:small@model.kernel=plain \
         --batch=1024 --length=128 --vocabulary=30004
     python -m benchmarks.step --profile=traces --steps=3            # where the device time goes, kernel by kernel
@@ -19,6 +19,7 @@ import pathlib
 import re
 import statistics
 import sys
+from collections.abc import Mapping
 from typing import Any
 
 from benchmarks.suites import HEADS, SUITES, Ratio, Spec, Suite
@@ -82,20 +83,21 @@ def measure(suite: Suite, args: argparse.Namespace) -> tuple[dict[str, list[floa
 
     from benchmarks import ours, peers
 
-    rows = ours.random_rows(suite.batch, suite.length, suite.vocabulary)
     specs = {name: Spec.parse(text) for name, text in suite.rows.items()}
-    own = ours.steppers({n: s for n, s in specs.items() if not s.peer}, args.set, rows, suite.vocabulary, leave_out)
+    own = ours.steppers({n: s for n, s in specs.items() if not s.peer}, args.set, suite, leave_out)
+    padded = ours.rows_by_layout(suite)["pairs"]
     runs = {name: stepper.run for name, stepper in own.items()}
     facts: dict[str, Any] = {
         "device": f"{jax.devices()[0].device_kind}, JAX {jax.__version__}",
         "arithmetic": {name: stepper.arithmetic for name, stepper in own.items()},
         "temporary_bytes": {name: stepper.temporary_bytes for name, stepper in own.items()},
+        "tokens": {name: stepper.tokens for name, stepper in own.items()},
         "peers": {},
     }
     if jax.default_backend() != "cpu":
         runs[MATRIX] = ours.matrix_product(MATRIX_SIZE)
     started: list[peers.Peer] = []
-    saved = peers.save_rows(rows)
+    saved = peers.save_rows(padded)
     try:
         for name, spec in specs.items():
             if not spec.peer or (spec.peer == "authors" and not args.authors):
@@ -107,6 +109,7 @@ def measure(suite: Suite, args: argparse.Namespace) -> tuple[dict[str, list[floa
                 continue
             started.append(peer)
             runs[name], facts["peers"][name] = peer.run, peer.facts
+            facts["tokens"][name] = ours.tokens_of(padded)
             print(f"{name}: {peer.facts}", file=sys.stderr)
         for name, run in list(runs.items()):
             try:
@@ -123,6 +126,9 @@ def measure(suite: Suite, args: argparse.Namespace) -> tuple[dict[str, list[floa
         for peer in started:
             peer.close()
         os.remove(saved)
+    facts["tokens"] = {
+        n: statistics.fmean(t[i % len(t)] for i in range(args.steps)) for n, t in facts["tokens"].items()
+    }
     return times, facts
 
 
@@ -160,9 +166,8 @@ def profile(suite: Suite, args: argparse.Namespace) -> None:
 
     options = jax.profiler.ProfileOptions()
     options.python_tracer_level = 0
-    rows = ours.random_rows(suite.batch, suite.length, suite.vocabulary)
     specs = {name: spec for name, text in suite.rows.items() if not (spec := Spec.parse(text)).peer}
-    for name, step in ours.steppers(specs, args.set, rows, suite.vocabulary, leave_out).items():
+    for name, step in ours.steppers(specs, args.set, suite, leave_out).items():
         step.run(2)
         inside = args.profile / re.sub(r"[^\w.=]+", "-", name)
         inside.mkdir(parents=True, exist_ok=True)
@@ -186,9 +191,8 @@ def figures(suite: Suite, times: dict[str, list[float]], facts: dict[str, Any]) 
         if name == MATRIX:
             record["flops_per_second"] = rate
         else:
-            tokens = suite.batch * suite.length
             record |= {"spec": suite.rows[name], "batch": suite.batch, "length": suite.length}
-            record["tokens_per_second"] = tokens / medians[name]
+            record |= {"tokens": facts["tokens"][name], "tokens_per_second": facts["tokens"][name] / medians[name]}
             record |= facts["peers"].get(name, {})
         if name in facts["arithmetic"]:
             arithmetic = facts["arithmetic"][name]
@@ -196,18 +200,18 @@ def figures(suite: Suite, times: dict[str, list[float]], facts: dict[str, Any]) 
             record["of_matrix_rate"] = arithmetic / medians[name] / rate if rate else None
         records.append(record)
     for ratio in suite.ratios:
-        value = quotient(ratio, medians)
+        value = quotient(ratio, medians, facts["tokens"])
         if value is not None:
-            spread = [
-                quotient(ratio, {n: t[i] for n, t in times.items()}) for i in range(len(next(iter(times.values()))))
-            ]
+            turns = [dict(zip(times, turn, strict=True)) for turn in zip(*times.values(), strict=True)]
+            spread = [quotient(ratio, turn, facts["tokens"]) for turn in turns]
             records.append({"ratio": ratio.name, "value": value, "turns": spread})
     return records
 
 
-def quotient(ratio: Ratio, seconds: dict[str, float]) -> float | None:
+def quotient(ratio: Ratio, seconds: Mapping[str, float], tokens: Mapping[str, float]) -> float | None:
     """The ratio, of those that ran; None where one side has nobody."""
-    of, to = ([seconds[name] for name in side if name in seconds] for side in (ratio.of, ratio.to))
+    cost = {name: value / tokens[name] for name, value in seconds.items() if name in tokens} if ratio.speed else seconds
+    of, to = ([cost[name] for name in side if name in cost] for side in (ratio.of, ratio.to))
     if not of or not to:
         return None
     return min(to) / min(of) if ratio.speed else min(of) / min(to)
@@ -216,7 +220,8 @@ def quotient(ratio: Ratio, seconds: dict[str, float]) -> float | None:
 def markdown(suite: Suite, records: list[dict[str, Any]], device: str) -> str:
     """The contenders, then the ratios."""
     lines = [
-        f"{suite.batch} x {suite.length} tokens, vocabulary {suite.vocabulary:,}; {device}",
+        f"{suite.batch} x {suite.length} tokens{suite.mixed * ', lengths as in Wikipedia, padding not counted'}, "
+        f"vocabulary {suite.vocabulary:,}; {device}",
         "",
         "| | ms a step | tokens/s | model arithmetic / matrix rate |",
         "|---|---|---|---|",
@@ -263,7 +268,7 @@ def picture(records: list[dict[str, Any]], path: pathlib.Path) -> None:
     for suite, axis in zip(suites, axes[:, 0], strict=True):
         here = [record for record in rows if record["suite"] == suite][::-1]
         speeds = [record["tokens_per_second"] for record in here]
-        tokens = [record["batch"] * record["length"] * 1e3 for record in here]
+        tokens = [record["tokens"] * 1e3 for record in here]
         slow = [v - n / max(r["step_ms"]) for v, n, r in zip(speeds, tokens, here, strict=True)]
         fast = [n / min(r["step_ms"]) - v for v, n, r in zip(speeds, tokens, here, strict=True)]
         colours = ["tab:gray" if Spec.parse(record["spec"]).peer else "tab:blue" for record in here]

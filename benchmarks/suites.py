@@ -39,7 +39,7 @@ class Spec:
 
 @dataclasses.dataclass(frozen=True)
 class Ratio:
-    """Median step time of the fastest of `of` over that of the fastest of `to`; `speed` turns it round."""
+    """Time of a step, fastest of `of` over fastest of `to`; with `speed` tokens a second, padding not counted."""
 
     name: str
     of: tuple[str, ...]
@@ -56,6 +56,7 @@ class Suite:
     vocabulary: int
     rows: dict[str, str]
     ratios: tuple[Ratio, ...] = ()
+    mixed: bool = False  # lengths as in `benchmarks/wikipedia_lengths.json`: one text a row, padded, or packed
 
 
 COMPOSITE, PLAIN = "composite", "plain"
@@ -63,6 +64,7 @@ HF, HF_MASKED, HF_EAGER = "Transformers", "Transformers, masked positions only",
 AUTHORS, AUTHORS_COMPILED = "authors' composite, eager", "authors' composite, compiled"
 _NO_ATTENTION_DROPOUT = "@model.attention_dropout=0.0"
 _EVEN = "no attention dropout"
+_PACKED, _PADDED = f"{COMPOSITE}, packed", f"{COMPOSITE}, padded"
 _AGAINST_PEERS = (
     Ratio("tokens/s: composite against Transformers", (COMPOSITE,), (HF,), speed=True),
     Ratio("tokens/s: composite against Transformers, both at masked positions", (COMPOSITE,), (HF_MASKED,), speed=True),
@@ -138,5 +140,20 @@ SUITES: dict[str, Suite] = {
     "base2048": Suite(
         16, 2048, 30_004, _plain() | {HF: "transformers:base", HF_MASKED: "transformers:base@head=masked"},
         (*_AGAINST_PEERS, *_AGAINST_PLAIN),
+    ),
+    "mixed": Suite(
+        64, 512, 30_004,
+        {
+            _PACKED: "configs/composite.py:base@data.layout=packed",
+            _PADDED: "configs/composite.py:base",
+            HF: "transformers:base",
+            HF_MASKED: "transformers:base@head=masked",
+        },
+        (
+            Ratio("tokens/s: composite packed against Transformers padded", (_PACKED,), (HF,), speed=True),
+            Ratio("tokens/s: composite against Transformers, both padded", (_PADDED,), (HF,), speed=True),
+            Ratio("tokens/s: composite packed against padded", (_PACKED,), (_PADDED,), speed=True),
+        ),
+        mixed=True,
     ),
 }  # fmt: skip

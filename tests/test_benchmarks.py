@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import tiny
 
-from benchmarks import ours, peers, start, step
+from benchmarks import lengths, ours, peers, start, step
 from benchmarks.settings import configured
 from benchmarks.suites import COMPOSITE, HF, PLAIN, SUITES, Ratio, Spec, Suite
 from convattn_jax.config import from_config
@@ -51,10 +51,10 @@ def test_model_arithmetic_of_bert_base():
 
 
 def test_ratios_take_the_fastest_of_each_side_and_skip_sides_without_anyone():
-    seconds = {"a": 2.0, "b": 1.0, "c": 4.0}
-    assert step.quotient(Ratio("", ("c",), ("a", "b")), seconds) == 4
-    assert step.quotient(Ratio("", ("b",), ("a", "c"), speed=True), seconds) == 2
-    assert step.quotient(Ratio("", ("b",), ("gone",)), seconds) is None
+    seconds, tokens = {"a": 2.0, "b": 1.0, "c": 4.0}, {"a": 100, "b": 100, "c": 1000}
+    assert step.quotient(Ratio("", ("c",), ("a", "b")), seconds, tokens) == 4
+    assert step.quotient(Ratio("", ("b",), ("a", "c"), speed=True), seconds, tokens) == 0.4
+    assert step.quotient(Ratio("", ("b",), ("gone",)), seconds, tokens) is None
 
 
 def test_the_report_holds_every_contender_and_ratio(tmp_path):
@@ -62,6 +62,7 @@ def test_the_report_holds_every_contender_and_ratio(tmp_path):
     suite = Suite(2, 8, 64, rows, (Ratio("composite / plain", (COMPOSITE,), (PLAIN,)), Ratio("none", ("x",), (HF,))))
     times = {COMPOSITE: [0.2, 0.1, 0.3], PLAIN: [0.1, 0.1, 0.1], HF: [0.4, 0.4, 0.4], step.MATRIX: [0.01] * 3}
     facts = {"device": "chip", "arithmetic": {COMPOSITE: 4e13}, "temporary_bytes": {COMPOSITE: 7}, "peers": {}}
+    facts["tokens"] = dict.fromkeys(rows, 16)
     records = [{"suite": "s"} | record for record in step.figures(suite, times, facts)]
     by_name = {record.get("contender", record.get("ratio")): record for record in records}
     assert by_name[COMPOSITE]["tokens_per_second"] == 80
@@ -96,6 +97,28 @@ def test_scoring_every_position_is_the_same_loss():
     assert sums[0]["weight"] == sums[0]["prepared"] == 6
     for name, value in sums[0].items():
         np.testing.assert_allclose(sums[1][name], value, rtol=1e-5)
+
+
+def test_the_mix_of_lengths_is_the_same_texts_padded_and_packed():
+    suite = Suite(4, 512, 5000, {}, mixed=True)
+    rows = ours.rows_by_layout(suite)
+    assert {layout: values.shape for layout, values in rows.items()} == dict.fromkeys(rows, (ours.BATCHES, 4, 512))
+    padded, packed = (rows[layout].reshape(-1, 512) for layout in ("pairs", "packed"))
+    assert (packed != 0).mean() > 0.99
+    assert 0.05 < (padded != 0).mean() < 0.3  # the histogram's mean is 69 of 512
+    drawn = lengths.draw(len(padded), 512, 0)
+    assert ((padded != 0).sum(1) == drawn).all()
+    assert (padded[:, 0] == 2).all()
+    assert (padded[np.arange(len(padded)), drawn - 1] == 3).all()
+    starts = np.flatnonzero(packed.ravel() == 2)
+    assert np.diff(starts)[:5].tolist() == drawn[:5].tolist()
+    assert (lengths.draw(1000, 64, 0) <= 64).all()
+
+
+def test_a_histogram_counts_special_tokens_and_cuts():
+    counts = lengths.histogram([1, 1, 600])
+    assert counts.sum() == 3
+    assert (counts[3], counts[512]) == (2, 1)
 
 
 def test_peers_get_rows_with_the_asked_share_hidden():
