@@ -37,9 +37,10 @@ class MaskedLanguageModelling:
         return masked, masked.weights.sum()
 
     def sums(self, params: Any, batch: Masked, key: Array | None) -> dict[str, Array]:
-        """Loss in nats over the predicted tokens; dropout iff there is a key."""
+        """Loss in nats over the predicted tokens, and how many tokens are read; dropout iff there is a key."""
         logits = self._logits(params, batch, key)
-        return {"loss": (cross_entropy(logits, batch.labels) * batch.weights).sum(), "weight": batch.weights.sum()}
+        loss = (cross_entropy(logits, batch.labels) * batch.weights).sum()
+        return {"loss": loss, "weight": batch.weights.sum(), "tokens": batch.inputs.valid.sum()}
 
     def evaluation_sums(self, params: Any, rows: Array, index: Array | int) -> dict[str, Array]:
         """Held-out figures of the index-th batch; `mask_*` over the slots that show [MASK], which give nothing away."""

@@ -247,7 +247,6 @@ class _Run:
                 save=checkpoints.save,
                 save_seconds=c.checkpoint.every_seconds,
                 record=record,
-                tokens_per_step=c.train.batch_size * c.data.length,
                 account=self.account,
                 window=window,
                 stop=stop,

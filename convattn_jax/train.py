@@ -38,7 +38,7 @@ class Objective(Protocol):
         ...
 
     def sums(self, params: Params, batch: Batch, key: Array | None) -> dict[str, Array]:
-        """Sums over the batch: `loss`, `weight` and further figures; dropout is on iff there is a key."""
+        """Sums over the batch: `loss`, `weight`, `tokens` (padding not counted), further figures; dropout iff `key`."""
         ...
 
 
@@ -137,7 +137,6 @@ def fit(
     save: Callable[[TrainState, Mapping[str, float | int] | None, Mapping[str, Any]], None],
     save_seconds: float,
     record: Callable[[dict[str, float | int]], None],
-    tokens_per_step: int,
     account: Account,
     window: Sequence[Mapping[str, float]] = (),
     stop: Callable[[int], bool] = lambda step: False,
@@ -180,7 +179,8 @@ def fit(
         if step % config.log_every == 0 or last:
             elapsed = account.trained - trained
             row = {"step": step, **_means(sums)}
-            row["tokens_per_second"] = timed * tokens_per_step / elapsed if timed else 0.0
+            tokens = sum(float(figures["tokens"]) for figures in sums[len(sums) - timed :])
+            row["tokens_per_second"] = tokens / elapsed if timed else 0.0
             row["seconds"] = account.trained
             if step % config.eval_every == 0 or last:
                 evaluation = evaluate(state.params)
@@ -222,6 +222,7 @@ def _means(fetched: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     """Figures per slot over a window of steps; the gradient's norm is per step."""
     total = {name: sum(float(sums[name]) for sums in fetched) for name in fetched[0]}
     norm, weight = total.pop("gradient_norm"), total.pop("weight")
+    total.pop("tokens", None)  # says how fast, not how well
     return {**{name: value / max(weight, 1.0) for name, value in total.items()}, "gradient_norm": norm / len(fetched)}
 
 

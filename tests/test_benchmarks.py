@@ -95,6 +95,7 @@ def test_scoring_every_position_is_the_same_loss():
         batch, weight = jax.jit(objective.prepare)(jax.random.key(1), rows)
         sums.append({**jax.jit(objective.sums)(params, batch, None), "prepared": weight})
     assert sums[0]["weight"] == sums[0]["prepared"] == 6
+    assert sums[0]["tokens"] == 3 * 16
     for name, value in sums[0].items():
         np.testing.assert_allclose(sums[1][name], value, rtol=1e-5)
 

@@ -25,7 +25,8 @@ class Regression:
     def sums(self, params, batch, key):
         noise = 0.0 if key is None or not params["noisy"].shape[0] else jax.random.normal(key)
         error = jnp.square(batch["x"] @ params["kernel"] - 1.0 + noise)
-        return {"loss": (error[:, None] * batch["weights"]).sum(), "weight": batch["weights"].sum()}
+        loss = (error[:, None] * batch["weights"]).sum()
+        return {"loss": loss, "weight": batch["weights"].sum(), "tokens": batch["weights"].size}
 
 
 ROWS = np.random.default_rng(0).normal(size=(8, 3)).astype(np.float32)
@@ -101,7 +102,6 @@ class Run:
             save=self.save,
             save_seconds=save_seconds,
             record=self.rows.append,
-            tokens_per_step=128,
             account=self.account,
             window=window,
             stop=lambda step: step == stop_at,
@@ -113,7 +113,12 @@ class Run:
 
     def step(self, state, rows):
         step = int(state.step) + 1
-        sums = {"loss": 3.0 * step, "weight": 3.0, "gradient_norm": float(step)} | self.figures.get(step, {})
+        sums = {
+            "loss": 3.0 * step,
+            "weight": 3.0,
+            "tokens": 100.0 * step,
+            "gradient_norm": float(step),
+        } | self.figures.get(step, {})
         return state.replace(step=jnp.asarray(step)), jax.tree.map(np.float32, sums)
 
 
@@ -124,6 +129,12 @@ def test_rows_are_means_over_windows():
     assert [row["gradient_norm"] for row in run.rows] == [1.5, 3.5, 5.5, 7.5, 9.5]
     assert [row["step"] for row in run.rows if "eval_loss" in row] == [4, 8, 10]
     assert int(run.end.step) == 10
+
+
+def test_speed_is_in_tokens_without_padding():
+    first, second = Run().rows[:2]
+    assert second["tokens_per_second"] * (second["seconds"] - first["seconds"]) == pytest.approx(300 + 400)
+    assert not any("tokens" in row for row in Run().rows)
 
 
 def test_a_window_weighs_its_slots_alike():
