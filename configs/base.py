@@ -104,6 +104,8 @@ def _paper() -> ConfigDict:
     train.log_every = 100  # steps between two rows of metrics.jsonl
     train.eval_every = 10_000  # steps between two evaluations on held-out text; a multiple of log_every
     train.eval_rows = 2_048  # held-out rows evaluated, at most
+    train.skip_nonfinite = 0  # updates left out in a run because their loss or gradient is not finite; then it stops
+    train.deterministic = False  # on a GPU: the same bits again after a restart; slower, see docs/reliability.md
 
     c.optimizer = optimizer = ConfigDict()  # AdamW
     optimizer.learning_rate = 1e-4  # the peak
@@ -122,6 +124,13 @@ def _paper() -> ConfigDict:
     mesh.data = -1
     mesh.fsdp = 1
     mesh.tensor = 1
+
+    c.resume = resume = ConfigDict()
+    resume.allow = ()  # keys changed on purpose in a run that has begun, such as optimizer.learning_rate,train.steps
+
+    c.watchdog = watchdog = ConfigDict()  # of runs of several processes
+    watchdog.killed_seconds = 100  # until the others miss a process that is gone, and end
+    watchdog.frozen_seconds = 300  # without progress, until a process says where it stands and ends
     return c
 
 

@@ -7,6 +7,7 @@ import signal
 import sys
 import threading
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 from convattn_jax.config import Interrupted, UserError, check_choice, parse
 
@@ -44,7 +45,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             from convattn_jax import compiled, distributed
 
             compiled.keep(command.compile_cache)
-            distributed.start(command.cluster)
+            watchdog: Any = command.config.get("watchdog") or {"killed_seconds": 100}  # fine-tuning is one process
+            distributed.start(command.cluster, watchdog["killed_seconds"])
             module.run(command.config, command.workdir)
     except UserError as error:
         sys.exit(_line(error))

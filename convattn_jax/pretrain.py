@@ -14,7 +14,7 @@ import numpy as np
 from jax import Array
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from convattn_jax import checkpoint, distributed, events, interrupt, plots, sharding, train
+from convattn_jax import checkpoint, diagnosis, distributed, events, interrupt, plots, sharding, train
 from convattn_jax.account import KINDS, Account
 from convattn_jax.config import Interrupted, check, flatten, from_config, to_plain
 from convattn_jax.console import Console, duration
@@ -29,8 +29,10 @@ from convattn_jax.model.config import ModelConfig
 from convattn_jax.model.mlm import MaskedLM
 from convattn_jax.objective import MaskedLanguageModelling, unigram_log_probabilities
 from convattn_jax.optim import OptimizerConfig, make_optimizer, schedule
+from convattn_jax.resume import ResumeConfig
 from convattn_jax.run import RunFolder
 from convattn_jax.train import TrainState
+from convattn_jax.watchdog import WatchdogConfig, watched
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,6 +50,8 @@ class PretrainConfig:
     optimizer: OptimizerConfig
     checkpoint: checkpoint.CheckpointConfig
     mesh: sharding.MeshConfig
+    resume: ResumeConfig
+    watchdog: WatchdogConfig
 
     def __post_init__(self):
         check(0 <= self.seed < 2**32, f"seed={self.seed} must lie in [0, 2**32)")
@@ -67,8 +71,8 @@ def run(config: ml_collections.ConfigDict, workdir: str, console: Console | None
         folder = RunFolder(workdir)
         mesh = sharding.make_mesh(c.mesh)
         sharding.check_divides(mesh, c.train.batch_size, c.train.accumulate, c.model.heads)
+        changes = folder.check_belongs(to_plain(c)) if first else []
         if first:
-            folder.check_belongs(to_plain(c))
             folder.check_writable()
 
     with console or Console(quiet=not first) as console, contextlib.ExitStack() as stack:
@@ -84,6 +88,7 @@ def run(config: ml_collections.ConfigDict, workdir: str, console: Console | None
                 prepared.tokenizer.save(str(folder.path))
                 folder.write("data", {"fingerprint": prepared.fingerprint, "tokenizer": prepared.tokenizer.digest})
                 folder.write("config", to_plain(c))  # last: what has a config.json is a run folder
+            folder.adopt(to_plain(c), changes)
         return _Run(c, folder, prepared, mesh, console, account).complete()
 
 
@@ -156,7 +161,9 @@ class _Run:
 
     def _train_step(self, state: TrainState, rows: Array, seed: Array) -> tuple[TrainState, dict[str, Array]]:
         """The seed is an argument: runs that differ in it alone share one compiled program, and so a compile cache."""
-        return train.make_train_step(self.objective, self.optimizer, seed, self.c.train.accumulate)(state, rows)
+        c = self.c.train
+        step = train.make_train_step(self.objective, self.optimizer, seed, c.accumulate, c.skip_nonfinite > 0)
+        return step(state, rows)
 
     def _initial_state(self, key: Array) -> TrainState:
         params = self.model.initial_params(key)
@@ -176,15 +183,18 @@ class _Run:
                 saved = checkpoint.Saved(self.init(jax.random.key(self.c.seed)), {})
             elif int(saved.state.step) < steps:
                 self.console.message(f"resumed from step {int(saved.state.step)}")
-            step, window = int(saved.state.step), saved.notes.get("window", [])
-            seconds, summary = distributed.from_first(functools.partial(self._logged, step, len(window)))
+            step, further = int(saved.state.step), len(saved.notes.get("window", ()))
+            check(
+                step <= steps, f"train.steps={steps} lies before step {step}, where {self.folder.path} stands: raise it"
+            )
+            seconds, summary = distributed.from_first(functools.partial(self._logged, step, further))
             if step == steps and summary is not None:
                 self.console.message(f"finished: checkpoint {steps} and its files are whole; nothing left to do")
                 self._show(summary)
                 return summary
             if seconds is not None:
                 self.account.resume(saved.notes.get("account", {}), seconds)
-            state = self._fit(saved.state, window, checkpoints, stop)
+            state = self._fit(saved, checkpoints, stop)
         self.account.charge("saving")
         if int(state.step) < steps:
             raise Interrupted(f"stopped at step {int(state.step)}: the same command resumes from there")
@@ -206,14 +216,9 @@ class _Run:
         return seconds, self.folder.read("summary")
 
     def _fit(
-        self,
-        state: TrainState,
-        window: list[dict[str, float]],
-        checkpoints: checkpoint.Checkpoints,
-        stop: Callable[[int], bool],
+        self, saved: checkpoint.Saved, checkpoints: checkpoint.Checkpoints, stop: Callable[[int], bool]
     ) -> TrainState:
-        c = self.c
-        started_at = int(state.step)
+        c, started_at = self.c, int(saved.state.step)
 
         def record(row: dict[str, float | int]) -> None:
             step = int(row["step"])
@@ -228,29 +233,54 @@ class _Run:
             )
 
         self.console.message(f"compiling for {self.mesh.size} x {jax.devices()[0].device_kind}")
-        size = c.train.batch_size
-
-        def batch(step: int) -> Array:
-            read = functools.partial(loader.batch, self.prepared.train, c.seed, step, size)
-            return sharding.global_batch(read, size, c.data.length, self.mesh)
-
         with (
+            watched(c.watchdog.frozen_seconds) as alive,
             events.recorder(self.folder.path / "events", started_at + 1, distributed.first_process()) as write_events,
-            contextlib.closing(loader.prefetch(batch, started_at, c.train.steps)) as batches,
+            contextlib.closing(loader.prefetch(self._batch, started_at, c.train.steps)) as batches,
         ):
-            return train.fit(
-                state,
-                c.train,
-                train_step=self.train_step,
-                batches=batches,
-                evaluate=self._evaluate,
-                save=checkpoints.save,
-                save_seconds=c.checkpoint.every_seconds,
-                record=record,
-                account=self.account,
-                window=window,
-                stop=stop,
-            )
+            try:
+                return train.fit(
+                    saved.state,
+                    c.train,
+                    train_step=self.train_step,
+                    batches=batches,
+                    evaluate=self._evaluate,
+                    save=checkpoints.save,
+                    save_seconds=c.checkpoint.every_seconds,
+                    record=record,
+                    account=self.account,
+                    window=saved.notes.get("window", ()),
+                    skipped=saved.notes.get("skipped", 0),
+                    stop=stop,
+                    alive=alive,
+                )
+            except train.NotFiniteError as error:
+                raise train.NotFiniteError(
+                    error.name, error.step, error.found or self._where(error, checkpoints, alive)
+                ) from error
+
+    def _batch(self, step: int) -> Array:
+        """The rows of the step after `step` others."""
+        c, size = self.c, self.c.train.batch_size
+        read = functools.partial(loader.batch, self.prepared.train, c.seed, step, size)
+        return sharding.global_batch(read, size, c.data.length, self.mesh)
+
+    def _where(
+        self, error: train.NotFiniteError, checkpoints: checkpoint.Checkpoints, alive: Callable[[], None]
+    ) -> str:
+        """Where in its step a figure stopped being finite, found by going there again from the last checkpoint."""
+        checkpoints.wait()
+        saved = checkpoints.restore(self.like)
+        state = self.init(jax.random.key(self.c.seed)) if saved is None else saved.state
+        first, last = int(state.step), error.step - 1
+        self.console.message(
+            f"{error.name} is not finite at step {error.step}: going there again to see where it began"
+        )
+        for step in range(first, last):
+            state, sums = self.train_step(state, self._batch(step))
+            jax.block_until_ready(sums)
+            alive()
+        return diagnosis.where(self.objective, state, self._batch(last), self.c.seed, self.c.train.accumulate)
 
     def _evaluate(self, params: Any) -> dict[str, float]:
         """Held-out loss and its relatives, per predicted token, with the same masks every time."""

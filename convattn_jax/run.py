@@ -1,6 +1,7 @@
 """The run folder: what it holds, and whether it belongs to the configuration at hand."""
 
 import contextlib
+import dataclasses
 import fcntl
 import json
 import os
@@ -10,11 +11,9 @@ from typing import Any
 
 from etils import epath
 
-from convattn_jax.config import UserError, check, flatten
+from convattn_jax import resume
+from convattn_jax.config import UserError, check
 from convattn_jax.data import corpus
-
-# What may differ when a run is resumed: where it runs, not what it computes.
-FREE = ("name", "mesh", "checkpoint", "data.cache_dir", "data.workers")
 
 
 class RunFolder:
@@ -25,23 +24,28 @@ class RunFolder:
         self.metrics = self.path / "metrics.jsonl"
         self.checkpoints = self.path / "checkpoints"
 
-    def check_belongs(self, config: Mapping[str, Any]) -> None:
-        """Raises a `UserError` that names the first difference to the configuration the folder was made with."""
-        file = self.path / "config.json"
-        if not file.exists():
-            check(
-                not self.checkpoints.exists(),
-                f"{self.path} holds checkpoints but no config.json: restore it, or choose another --workdir",
-            )
-            return
-        before, now = flatten(read_json(file)), flatten(config)
-        for key in sorted(before.keys() | now.keys()):
-            free = any(key == name or key.startswith(name + ".") for name in FREE)
-            if not free and before.get(key) != now.get(key):
-                raise UserError(
-                    f"{self.path} was made with {key}={before.get(key)}, not {now.get(key)}: give that value, or "
-                    "another --workdir"
-                )
+    def check_belongs(self, config: Mapping[str, Any]) -> list[resume.Change]:
+        """The differences to the configuration the folder was made with, all of them allowed by `resume.allow`.
+
+        Raises:
+          UserError: there is another difference, or checkpoints without a config.json; it names the first.
+        """
+        stored = self.read("config")
+        if stored is not None:
+            return resume.changes(stored, config, self.path)
+        check(
+            not self.checkpoints.exists(),
+            f"{self.path} holds checkpoints but no config.json: restore it, or choose another --workdir",
+        )
+        return []
+
+    def adopt(self, config: Mapping[str, Any], changes: Iterable[resume.Change]) -> None:
+        """Makes the folder one of a changed configuration; changes.jsonl keeps what it was."""
+        changes = list(changes)
+        if changes:
+            with (self.path / "changes.jsonl").open("a") as file:
+                file.writelines(json.dumps(dataclasses.asdict(change)) + "\n" for change in changes)
+            self.write("config", config)
 
     def check_writable(self) -> None:
         """Raises a `UserError` unless files can be made in the folder; leaves nothing behind."""
@@ -91,7 +95,9 @@ class RunFolder:
     def read(self, name: str) -> dict[str, Any] | None:
         """The contents of NAME.json, or None."""
         file = self.path / f"{name}.json"
-        return read_json(file) if file.exists() else None
+        if not file.exists():
+            return None
+        return resume.completed(read_json(file)) if name == "config" else read_json(file)
 
     def rows(self) -> list[dict[str, float | int]]:
         """The rows of metrics.jsonl; a last line cut short by a killed process is left out."""

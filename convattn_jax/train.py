@@ -52,10 +52,13 @@ class TrainConfig:
     log_every: int
     eval_every: int
     eval_rows: int
+    skip_nonfinite: int
+    deterministic: bool
 
     def __post_init__(self):
-        for field in dataclasses.fields(self):
-            check(getattr(self, field.name) >= 1, f"train.{field.name}={getattr(self, field.name)} must be at least 1")
+        for name in ("steps", "batch_size", "accumulate", "log_every", "eval_every", "eval_rows"):
+            check(getattr(self, name) >= 1, f"train.{name}={getattr(self, name)} must be at least 1")
+        check(self.skip_nonfinite >= 0, f"train.skip_nonfinite={self.skip_nonfinite} must be 0 or more")
         check(
             self.eval_every % self.log_every == 0,
             f"train.eval_every={self.eval_every} must be a multiple of train.log_every={self.log_every}",
@@ -66,13 +69,40 @@ class TrainConfig:
         )
 
 
+def step_keys(seed: int | Array, step: Array) -> tuple[Array, Array]:
+    """The keys of a step, for preparing its batch and for dropout."""
+    prepare_key, dropout_key = jax.random.split(jax.random.fold_in(jax.random.key(seed), step))
+    return prepare_key, dropout_key
+
+
+def split_batch(batch: Batch, accumulate: int) -> Batch:
+    """(accumulate, B / accumulate, ...): part i takes rows i, i + accumulate, ...; each device splits what it has."""
+    return jax.tree.map(lambda x: x.reshape(-1, accumulate, *x.shape[1:]).swapaxes(0, 1), batch)
+
+
+def parts_of(batch: Batch, key: Array, accumulate: int) -> list[tuple[Batch, Array]]:
+    """The parts of a batch and their dropout keys, as a train step takes them."""
+    if accumulate == 1:
+        return [(batch, key)]
+    parts, keys = split_batch(batch, accumulate), jax.random.split(key, accumulate)
+    return [(jax.tree.map(lambda x, i=i: x[i], parts), keys[i]) for i in range(accumulate)]
+
+
 def make_train_step(
-    objective: Objective, optimizer: optax.GradientTransformation, seed: int | Array, accumulate: int = 1
+    objective: Objective,
+    optimizer: optax.GradientTransformation,
+    seed: int | Array,
+    accumulate: int = 1,
+    skip_nonfinite: bool = False,
 ) -> Callable[[TrainState, Array], tuple[TrainState, dict[str, Array]]]:
-    """(state, rows) -> (state, sums): pure; every random number in it is a function of (seed, state.step)."""
+    """(state, rows) -> (state, sums): pure; every random number in it is a function of (seed, state.step).
+
+    With `skip_nonfinite` an update of a loss or gradient that is not finite leaves parameters and optimizer as they
+    are, and `skipped` is 1.
+    """
 
     def train_step(state: TrainState, rows: Array) -> tuple[TrainState, dict[str, Array]]:
-        prepare_key, dropout_key = jax.random.split(jax.random.fold_in(jax.random.key(seed), state.step))
+        prepare_key, dropout_key = step_keys(seed, state.step)
         batch, weight = objective.prepare(prepare_key, rows)
 
         def loss(params: Params, part: Batch, key: Array) -> tuple[Array, dict[str, Array]]:
@@ -83,9 +113,7 @@ def make_train_step(
         if accumulate == 1:
             grads, sums = gradient(state.params, batch, dropout_key)
         else:
-            # part i takes rows i, i + accumulate, ...: each device splits the rows it has
-            parts = jax.tree.map(lambda x: x.reshape(-1, accumulate, *x.shape[1:]).swapaxes(0, 1), batch)
-            keys = jax.random.split(dropout_key, accumulate)
+            parts, keys = split_batch(batch, accumulate), jax.random.split(dropout_key, accumulate)
 
             def add(total, part_and_key):
                 return jax.tree.map(jnp.add, total, gradient(state.params, *part_and_key)), None
@@ -97,6 +125,12 @@ def make_train_step(
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         sums = {**sums, "gradient_norm": optax.tree.norm(grads)}
+        if skip_nonfinite:
+            finite = jnp.isfinite(sums["loss"]) & jnp.isfinite(sums["gradient_norm"])
+            params, opt_state = jax.tree.map(
+                lambda new, old: jnp.where(finite, new, old), (params, opt_state), (state.params, state.opt_state)
+            )
+            sums["skipped"] = 1.0 - finite
         return TrainState(state.step + 1, params, opt_state), sums
 
     return train_step
@@ -117,13 +151,14 @@ AHEAD = 2  # steps under way beside the one just dispatched: enough to keep a de
 
 
 class NotFiniteError(UserError):
-    """Training stopped at a step whose loss or gradient is not finite; nothing later was saved."""
+    """Training stopped at a step of which a figure is not finite; nothing later was saved."""
 
     def __init__(self, name: str, step: int, found: str = ""):
-        self.name, self.step = name, step
+        self.name, self.step, self.found = name, step, found
         super().__init__(
             f"{name} is not finite at step {step}{found and f' ({found})'}: lower optimizer.learning_rate, in another "
-            "--workdir"
+            "--workdir or from the last checkpoint on with --config.resume.allow=optimizer.learning_rate; or leave "
+            "such updates out with train.skip_nonfinite"
         )
 
 
@@ -139,14 +174,15 @@ def fit(
     record: Callable[[dict[str, float | int]], None],
     account: Account,
     window: Sequence[Mapping[str, float]] = (),
+    skipped: int = 0,
     stop: Callable[[int], bool] = lambda step: False,
     alive: Callable[[], None] = lambda: None,
 ) -> TrainState:
     """Trains from `state.step` to `config.steps`, or until `stop` says so, recording one row per `log_every` steps.
 
     Rows are means over whole windows. A checkpoint between two rows notes the sums of its part of a window, and
-    `window` gives them back, so a resumed run writes the rows that an uninterrupted one writes. `alive` is called
-    whenever the devices have got on.
+    `window` gives them back, so a resumed run writes the rows that an uninterrupted one writes. `skipped` updates were
+    left out before. `alive` is called whenever the devices have got on.
 
     Raises:
       NotFiniteError: the loss, its gradient or a parameter is no longer finite; nothing is saved after that.
@@ -173,10 +209,14 @@ def fit(
             continue
 
         sums = jax.device_get(sums)
-        _check_finite(sums, step)
         account.charge("training")
+        left_out = sum(int(figures.get("skipped", 0)) for figures in sums)
+        _check_finite(sums, step, config.skip_nonfinite - skipped)
         evaluation = None
-        if step % config.log_every == 0 or last:
+        if left_out == len(sums) and last:
+            raise NotFiniteError("loss", step, "as of all steps since the last row")
+        if (last or step % config.log_every == 0) and left_out < len(sums):  # of nothing there is no mean
+            skipped += left_out
             elapsed = account.trained - trained
             row = {"step": step, **_means(sums)}
             tokens = sum(float(figures["tokens"]) for figures in sums[len(sums) - timed :])
@@ -185,13 +225,15 @@ def fit(
             if step % config.eval_every == 0 or last:
                 evaluation = evaluate(state.params)
                 account.charge("evaluating")
-                _check_finite([evaluation], step, "eval_loss")
+                if not math.isfinite(evaluation["eval_loss"]):
+                    raise NotFiniteError("eval_loss", step, "on held-out text, after finite steps")
             record(row | (evaluation or {}))
             sums, timed, trained = [], 0, account.trained
         if evaluation or stopped or agree(time.monotonic() - saved > save_seconds):
             if not bool(all_finite(state)):
-                raise NotFiniteError("a parameter", step)
-            notes = {"window": [_plain(figures) for figures in sums], "account": dict(account.seconds)}
+                raise NotFiniteError("a parameter", step, first_bad(state))
+            notes: dict[str, Any] = {"window": [_plain(figures) for figures in sums], "skipped": skipped}
+            notes["account"] = dict(account.seconds)
             save(state, evaluation, notes)
             saved = time.monotonic()
             account.charge("saving")
@@ -206,24 +248,40 @@ def all_finite(tree: Any) -> Array:
     return jnp.all(jnp.asarray([jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(tree)]))
 
 
-def _check_finite(sums: Sequence[Mapping[str, Any]], last: int, *names: str) -> None:
-    """Raises at the first of the steps up to `last` of which a figure is not finite."""
+def first_bad(tree: Any) -> str:
+    """The path of the first array of a tree that holds NaN or an infinity, and how many more there are; or ''."""
+    bad = [
+        jax.tree_util.keystr(path, simple=True, separator="/")
+        for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+        if not bool(jnp.isfinite(leaf).all())
+    ]
+    return bad[0] + (f" and {len(bad) - 1} more" if bad[1:] else "") if bad else ""
+
+
+def _check_finite(sums: Sequence[Mapping[str, Any]], last: int, skippable: int) -> None:
+    """Raises at the first of the steps up to `last` of which a figure is not finite, but for `skippable` left out."""
     for step, figures in enumerate(sums, start=last - len(sums) + 1):
-        for name in names or ("loss", "gradient_norm"):
+        for name in ("loss", "gradient_norm"):
             if not math.isfinite(figures[name]):
-                raise NotFiniteError(name, step)
+                skippable -= 1
+                if skippable < 0:
+                    raise NotFiniteError(name, step)
+                break
 
 
 def _plain(figures: Mapping[str, Any]) -> dict[str, float]:
     return {name: float(value) for name, value in figures.items()}
 
 
-def _means(fetched: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-    """Figures per slot over a window of steps; the gradient's norm is per step."""
-    total = {name: sum(float(sums[name]) for sums in fetched) for name in fetched[0]}
+def _means(window: Sequence[Mapping[str, Any]]) -> dict[str, float | int]:
+    """Figures per slot over a window of steps; the gradient's norm is per step. Updates left out are only counted."""
+    fetched = [figures for figures in window if not figures.get("skipped")]
+    total = {name: sum(float(sums[name]) for sums in fetched) for name in fetched[0] if name != "skipped"}
     norm, weight = total.pop("gradient_norm"), total.pop("weight")
     total.pop("tokens", None)  # says how fast, not how well
-    return {**{name: value / max(weight, 1.0) for name, value in total.items()}, "gradient_norm": norm / len(fetched)}
+    means = {name: value / max(weight, 1.0) for name, value in total.items()}
+    means["gradient_norm"] = norm / len(fetched)
+    return means | ({"skipped": len(window) - len(fetched)} if "skipped" in fetched[0] else {})
 
 
 def agree(mine: bool) -> bool:

@@ -5,6 +5,7 @@ import json
 import os
 import pathlib
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -173,6 +174,28 @@ def test_a_run_stopped_by_a_signal_saves_at_that_step_and_ends_like_one_never_in
     assert account["lost"] > 0
     assert set(account) == set(KINDS)
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+
+
+def test_a_run_that_diverges_says_where_and_goes_on_with_a_lower_rate(home, tmp_path, capsys):
+    args = ["main", f"--config={home / 'config.py'}", f"--workdir={tmp_path / 'run'}", "--config.train.steps=6"]
+    with pytest.raises(SystemExit) as stopped:
+        main.main([*args, "--config.optimizer.learning_rate=1e30", "--config.optimizer.warmup=0.7"])
+    assert stopped.value.code == 2
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1
+    assert re.match(
+        r"error: (loss|gradient_norm) is not finite at step 3 \(first in the output of encoder/.*\): low", said
+    )
+    assert checkpoint.newest_whole(tmp_path / "run" / "checkpoints") == 2
+    lower = ["--config.optimizer.learning_rate=1e-3", "--config.optimizer.warmup=0.7"]
+    with pytest.raises(SystemExit):
+        main.main([*args, *lower])
+    assert "with --config.resume.allow=optimizer.learning_rate" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main.main(
+            [*args[:-1], *lower, "--config.resume.allow=optimizer.learning_rate,train.steps", "--config.train.steps=1"]
+        )
+    assert "train.steps=1 lies before step 2" in capsys.readouterr().err
 
 
 def test_rows_that_were_lost_are_missed(home, copy, capsys):

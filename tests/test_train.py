@@ -82,13 +82,24 @@ def test_each_part_of_a_batch_has_noise_of_its_own():
 
 # --- the loop ---
 
-CONFIG = TrainConfig(steps=10, batch_size=8, accumulate=1, log_every=2, eval_every=4, eval_rows=8)
+CONFIG = TrainConfig(
+    steps=10,
+    batch_size=8,
+    accumulate=1,
+    log_every=2,
+    eval_every=4,
+    eval_rows=8,
+    skip_nonfinite=0,
+    deterministic=False,
+)
 
 
 class Run:
     """Plays `fit` with a step that only counts; `figures` overrides what a step returns."""
 
-    def __init__(self, start=0, config=CONFIG, save_seconds=1e9, figures=None, eval_loss=1.0, window=(), stop_at=None):
+    def __init__(
+        self, start=0, config=CONFIG, save_seconds=1e9, figures=None, eval_loss=1.0, window=(), stop_at=None, skipped=0
+    ):
         self.rows, self.saved, self.notes, self.figures = [], [], {}, figures or {}
         self.account = Account()
         self.account.resume({"training": 5.0}, 5.0)
@@ -104,6 +115,7 @@ class Run:
             record=self.rows.append,
             account=self.account,
             window=window,
+            skipped=skipped,
             stop=lambda step: step == stop_at,
         )
 
@@ -213,6 +225,50 @@ def test_nothing_is_logged_or_saved_once_a_figure_is_not_finite(figures, eval_lo
         run.__init__(save_seconds=-1.0, figures=figures, eval_loss=eval_loss)
     assert run.saved == [(2, None)]
     assert [row["step"] for row in run.rows] == [2]
+
+
+def test_updates_that_are_not_finite_are_left_out_as_often_as_allowed():
+    config = dataclasses.replace(CONFIG, skip_nonfinite=2)
+    bad = {"loss": np.nan, "skipped": 1.0}
+    fine = {step: {"skipped": 0.0} for step in range(1, 11)}
+    run = Run(config=config, figures=fine | {3: bad, 5: bad})
+    assert [row["loss"] for row in run.rows] == [1.5, 4.0, 6.0, 7.5, 9.5]
+    assert [row["skipped"] for row in run.rows] == [0, 1, 1, 0, 0]
+    assert run.notes["skipped"] == 2
+    with pytest.raises(UserError, match="loss is not finite at step 7"):
+        Run(config=config, figures=fine | {3: bad, 5: bad, 7: bad})
+    with pytest.raises(UserError, match="loss is not finite at step 7"):  # a resumed run counts on
+        Run(start=6, config=config, figures=fine | {7: bad}, skipped=2)
+
+
+def test_a_window_of_which_every_update_was_left_out_joins_the_next():
+    config = dataclasses.replace(CONFIG, skip_nonfinite=2)
+    bad = {"gradient_norm": np.inf, "skipped": 1.0}
+    fine = {step: {"skipped": 0.0} for step in range(1, 11)}
+    run = Run(config=config, figures=fine | {5: bad, 6: bad}, save_seconds=-1.0)
+    assert [(row["step"], row["loss"], row["skipped"]) for row in run.rows] == [
+        (2, 1.5, 0),
+        (4, 3.5, 0),
+        (8, 7.5, 2),
+        (10, 9.5, 0),
+    ]
+    with pytest.raises(UserError, match="loss is not finite at step 10"):
+        Run(config=config, figures=fine | {9: bad, 10: bad})
+
+
+def test_an_update_left_out_changes_nothing_but_the_step():
+    rows = ROWS.copy()
+    rows[0, 0] = np.inf
+    for bad, skipped in ((ROWS, 0.0), (rows, 1.0)):
+        step = jax.jit(make_train_step(Regression(), optax.adam(0.1), 0, skip_nonfinite=True))
+        before = TrainState(jnp.asarray(2, jnp.int32), state().params, optax.adam(0.1).init(state().params))
+        after, sums = step(before, bad)
+        assert float(sums["skipped"]) == skipped
+        assert int(after.step) == 3
+        same = jax.tree.map(
+            lambda a, b: bool((a == b).all()), (before.params, before.opt_state), (after.params, after.opt_state)
+        )
+        assert all(jax.tree.leaves(same)) == bool(skipped)
 
 
 def test_parameters_that_are_not_finite_are_not_saved():

@@ -1,0 +1,61 @@
+"""Nobody waits for ever for a process that is gone or stuck: all leave with a non-zero status and say where they stood.
+
+JAX's runtime ends the others when a process has sent no heartbeat for `watchdog.killed_seconds`. A process whose heart
+beats but that gets on no more (a hung file system, a device that doesn't answer) is ended here, by a timer of the
+interpreter (`faulthandler`) that needs neither the main thread nor its lock.
+"""
+
+import contextlib
+import dataclasses
+import faulthandler
+import math
+import time
+from collections.abc import Callable, Iterator
+
+import jax
+
+from convattn_jax.config import check
+
+COMPILING = 10  # times as long may pass until the first step is done
+LEAVING = 30  # seconds that a process that has failed waits for the others to leave in good order
+
+
+@dataclasses.dataclass(frozen=True)
+class WatchdogConfig:
+    """How long to wait for another process; `configs/base.py` documents each key."""
+
+    killed_seconds: int
+    frozen_seconds: int
+
+    def __post_init__(self):
+        for name, seconds in dataclasses.asdict(self).items():
+            check(seconds >= 1, f"watchdog.{name}={seconds} must be at least 1")
+
+
+@contextlib.contextmanager
+def watched(frozen_seconds: int) -> Iterator[Callable[[], None]]:
+    """Within the block a run of several processes must call what it yields at least every `frozen_seconds`.
+
+    If it doesn't, the stacks of all threads go to stderr and the process ends with status 1; so it does some time
+    after an exception, for at the end of a process JAX waits for the others, who may wait for it. A single process
+    is let alone: nobody waits for it, and a person may have stopped it with Ctrl-Z.
+    """
+    if jax.process_count() == 1:
+        yield lambda: None
+        return
+    armed = -math.inf
+
+    def alive() -> None:
+        nonlocal armed
+        now = time.monotonic()
+        if now - armed > frozen_seconds / 100:  # a timer is a thread: not one for each step
+            faulthandler.dump_traceback_later(frozen_seconds, exit=True)
+            armed = now
+
+    faulthandler.dump_traceback_later(COMPILING * frozen_seconds, exit=True)
+    try:
+        yield alive
+    except BaseException:
+        faulthandler.dump_traceback_later(LEAVING, exit=True)
+        raise
+    faulthandler.cancel_dump_traceback_later()
