@@ -4,9 +4,9 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from convattn_jax.finetune import load_classifier
-    from convattn_jax.inference import fill_mask, load_encoder
+    from convattn_jax.inference import attention_maps, fill_mask, load_encoder
 
-__all__ = ["fill_mask", "load_classifier", "load_encoder"]
+__all__ = ["attention_maps", "fill_mask", "load_classifier", "load_encoder"]
 
 
 def __getattr__(name: str) -> Any:

@@ -94,7 +94,8 @@ def fill_mask(path: epath.PathLike, text: str, top: int = 5) -> list[Guess] | li
         len(places) == len(parts) - 1, f"text is longer than the model's {run.model.config.max_length} tokens: cut it"
     )
 
-    logits: Any = run.model.apply({"params": run.params}, from_mask(rows, mask), jnp.asarray(places)[None])
+    predict: Any = jax.jit(run.model.apply)
+    logits = predict({"params": run.params}, from_mask(rows, mask), jnp.asarray(places)[None])
     allowed = jnp.asarray(np.append(~run.tokenizer.special, np.zeros(logits.shape[-1] - run.tokenizer.size, bool)))
     probabilities = np.asarray(jax.nn.softmax(jnp.where(allowed, logits[0], -jnp.inf)))
     guesses = [
@@ -102,6 +103,34 @@ def fill_mask(path: epath.PathLike, text: str, top: int = 5) -> list[Guess] | li
         for row in probabilities
     ]
     return guesses[0] if len(guesses) == 1 else guesses
+
+
+class AttentionMaps(NamedTuple):
+    """Where the tokens of a text look: weights (L, H, T, T) of layers and heads, each query's row summing to 1."""
+
+    tokens: list[str]
+    weights: np.ndarray
+
+
+def attention_maps(path: epath.PathLike, text: str) -> AttentionMaps:
+    """The attention of every layer and head on a text, [CLS] and [SEP] around it.
+
+    Raises:
+      UserError: the model has a convolution in attention's place.
+    """
+    run = load_run(path)
+    [row] = _rows(run, run.tokenizer.encode([text]))
+    ids, mask = _pad(run, [row])
+
+    @jax.jit
+    def encode(params: Any) -> dict[str, Array]:
+        encoded: Any = run.model.apply({"params": params}, from_mask(ids, mask), ("attention",), method="encode")
+        return encoded.outputs
+
+    outputs = encode(run.params)
+    check("attention" in outputs, f"{path} has model.mixer={run.model.config.mixer}, which makes no attention")
+    tokens = [run.tokenizer.piece(int(index)).replace("\u2581", " ").strip() or "_" for index in row]
+    return AttentionMaps(tokens, np.asarray(outputs["attention"][:, 0, :, : len(row), : len(row)], np.float32))
 
 
 def _rows(run: Pretrained, texts: Sequence[np.ndarray]) -> list[np.ndarray]:

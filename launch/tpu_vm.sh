@@ -188,7 +188,7 @@ train() {
         { await && start "$@" && follow; } || status=$?
         case $status in
             0) return ;;
-            75 | 143) ;;
+            143) ;;
             *)
                 now=$(state) || now=unknown
                 case $now in

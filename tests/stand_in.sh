@@ -94,7 +94,7 @@ uv() {
 # convattn_jax.main: ends with the status planned, or is stopped, with or without its machine, or waits for SIGTERM.
 python() {
     local ends=0
-    trap 'exit 0' TERM
+    trap 'echo saved >> "$STAGE/saved"; exit 0' TERM
     if [[ $PWD != */worker1/* ]]; then ends=$(take "$STAGE/plan/runs"); fi
     echo training
     case ${ends:=0} in

@@ -237,10 +237,17 @@ def test_a_copy_that_fails_installs_and_starts_nothing(stage):
     assert not stage.calls("uv", "python")
 
 
-def test_a_lost_connection_is_made_again_and_starts_nothing_twice(stage):
+def test_an_archive_that_fails_is_not_sent(stage):
+    (stage.folder / "slice").write_text("ACTIVE")
+    assert stage.run("tpu_vm.sh", "copy", **TPU | {"TMPDIR": "/nowhere"}).returncode != 0
+    assert not stage.calls()
+
+
+@pytest.mark.parametrize("queued", ["yes", "no"])
+def test_a_lost_connection_is_made_again_and_starts_nothing_twice(stage, queued):
     # progress, scp, unpacking, installing, starting come through; the log and what became of the run do not
     stage.plan(connections=[*5 * ["fine"], "lost", "lost"])
-    said = stage.run("tpu_vm.sh", "train", *ARGUMENTS, **TPU)
+    said = stage.run("tpu_vm.sh", "train", *ARGUMENTS, **TPU, QUEUED=queued)
     assert said.returncode == 0, said.stderr
     assert "the connection was lost; following again" in said.stderr
     assert len(stage.calls("python")) == 2
@@ -394,6 +401,7 @@ def test_a_pod_told_to_stop_lets_the_run_save_and_does_not_count_as_finished(sta
     wait_for(stage.folder / "waiting")
     pod.send_signal(signal.SIGTERM)
     assert pod.wait(30) == 143
+    assert (stage.folder / "saved").read_text() == "saved\n"
 
 
 @pytest.mark.parametrize(("end", "status"), [("Completed", 0), ("Failed", 1)])
@@ -465,6 +473,7 @@ def test_processes_told_to_stop_all_save(stage, clone):
         time.sleep(0.01)
     started.send_signal(signal.SIGTERM)
     assert started.wait(30) == 0
+    assert (stage.folder / "saved").read_text() == 2 * "saved\n"
 
 
 def test_local_dry_run_sets_up_virtual_devices(stage, clone):
