@@ -19,7 +19,7 @@ import ml_collections
 import numpy as np
 from etils import epath
 
-from convattn_jax import checkpoint
+from convattn_jax import checkpoint, memory
 from convattn_jax.config import UserError, check, check_choice, from_config, to_plain
 from convattn_jax.console import Console
 from convattn_jax.data.config import DataConfig
@@ -96,9 +96,18 @@ def run(config: ml_collections.ConfigDict, workdir: str, console: Console | None
         ]
         for finetuning in finetunings:  # the compiler is at work on later tasks while the first ones train
             finetuning.compile_ahead()
-        for finetuning in finetunings:
-            finetuning.complete()
+        with memory.explained(lambda: out_of_memory(c.glue)):
+            for finetuning in finetunings:
+                finetuning.complete()
         return finish(folder, console)
+
+
+def out_of_memory(c: GlueConfig) -> str:
+    """What to set so that training needs less memory."""
+    return (
+        f"glue.together={c.together}: out of memory on {jax.devices()[0].device_kind}: set glue.together=1, or more "
+        f"where it fits (seeds trained as one program; 0: as many as should fit), or lower glue.length={c.length}"
+    )
 
 
 def load_pretrained(path: str) -> Pretrained:

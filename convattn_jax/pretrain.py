@@ -14,7 +14,7 @@ import numpy as np
 from jax import Array
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from convattn_jax import checkpoint, diagnosis, distributed, events, interrupt, plots, sharding, train
+from convattn_jax import checkpoint, diagnosis, distributed, events, interrupt, memory, plots, sharding, train
 from convattn_jax.account import KINDS, Account
 from convattn_jax.config import Interrupted, check, flatten, from_config, to_plain
 from convattn_jax.console import Console, duration
@@ -146,13 +146,13 @@ class _Run:
         rows, everywhere = NamedSharding(mesh, sharding.BATCH), NamedSharding(mesh, PartitionSpec())
         self.like = jax.tree.map(lambda s, sh: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sh), shapes, shardings)
         self.init = jax.jit(self._initial_state, out_shardings=shardings)
-        step = jax.jit(
+        self._step = jax.jit(
             self._train_step,
             donate_argnums=0,
             in_shardings=(shardings, rows, None),
             out_shardings=(shardings, everywhere),
         )
-        self.train_step = lambda state, rows: step(state, rows, np.uint32(c.seed))
+        self.train_step = lambda state, rows: self._step(state, rows, np.uint32(c.seed))
         self.eval_step = jax.jit(
             self.objective.evaluation_sums,
             in_shardings=(shardings.params, rows, None),
@@ -175,6 +175,7 @@ class _Run:
         """From whatever state the folder is in to the finished run."""
         steps = self.c.train.steps
         with (
+            memory.explained(self._out_of_memory),
             interrupt.deferred() as stop,
             contextlib.closing(checkpoint.Checkpoints(self.folder.checkpoints, self.c.checkpoint.keep)) as checkpoints,
         ):
@@ -199,6 +200,14 @@ class _Run:
         if int(state.step) < steps:
             raise Interrupted(f"stopped at step {int(state.step)}: the same command resumes from there")
         return self._finish(state)
+
+    def _out_of_memory(self) -> str:
+        c, sharded = self.c.train, NamedSharding(self.mesh, sharding.BATCH)
+        shape = (c.batch_size, self.c.data.length)
+        rows = jax.ShapeDtypeStruct(shape, self.prepared.train.tokens.dtype, sharding=sharded)
+        needed = memory.need(lambda: self._step.lower(self.like, rows, np.uint32(0)))
+        shards = c.batch_size // sharded.shard_shape(shape)[0]
+        return memory.training_advice(c, self.c.model.remat, shards, needed, memory.capacity())
 
     def _logged(self, step: int, further: int) -> tuple[float | None, dict[str, Any] | None]:
         """Seconds that metrics.jsonl says were trained, and the summary; None where there is none.
