@@ -42,7 +42,7 @@ def learned_kernels(model: MaskedLM, params: Any, inputs: Inputs, placed: Shardi
     return kernels
 
 
-def save_kernels(kernels: Mapping[str, Kernel], path: epath.Path) -> None:
+def save_kernels(kernels: Mapping[str, Kernel], path: epath.PathLike) -> None:
     """Writes the taps, `TERM` and `TERM_spread`, as NumPy's .npz, all or nothing."""
     arrays = {name: kernel.mean for name, kernel in kernels.items()}
     arrays |= {f"{name}{SPREAD}": kernel.spread for name, kernel in kernels.items() if kernel.spread is not None}

@@ -335,6 +335,7 @@ class _Run:
             "tokens_per_second": float(np.median(speeds)) if speeds else 0.0,
             "train_seconds": rows[-1]["seconds"],
             "peak_memory": peak_memory(),
+            "hardware": f"{jax.device_count()} x {jax.devices()[0].device_kind}, JAX {jax.__version__}",
             "account": self.account.seconds,
         }
         plots.plot_losses(rows, self.folder.path / "loss.png", self.c.name, summary["unigram_loss"])

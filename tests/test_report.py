@@ -1,0 +1,329 @@
+"""The report: what its tables say, that what is missing is named, that run folders put no HTML into it."""
+
+import html.parser
+import json
+import math
+import re
+import shutil
+
+import numpy as np
+import pretend_runs
+import pytest
+from pretend_runs import finetuning, pretraining, sweep, write
+
+from convattn_jax.config import UserError
+from convattn_jax.evaluate import attention_file
+from convattn_jax.report import __main__ as command
+from convattn_jax.report import figures, markdown, page, pictures, runs, tables
+from convattn_jax.statistics import paired_interval
+
+LOSSES = {"absolute": [3.40, 3.42, 3.39], "composite": [3.31, 3.36, 3.33], "fixed": [3.5]}
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """A sweep of three variants; tests that change it take a copy."""
+    return sweep(tmp_path_factory.mktemp("sweeps") / "three", LOSSES)
+
+
+@pytest.fixture
+def copy(made, tmp_path):
+    return shutil.copytree(made, tmp_path / "three")
+
+
+@pytest.fixture
+def no_drawing(monkeypatch):
+    """Pictures are drawn by one test alone: they take most of the time."""
+    pixel = figures.Drawing("data:image/png;base64,AAAA", 1, 1)
+    monkeypatch.setattr(figures, "_drawn", lambda draw, width, height, form="svg": pixel)
+
+
+def rows(table):
+    return {row[0].text: {name: cell.text for name, cell in zip(table.columns, row, strict=True)} for row in table.rows}
+
+
+def lacking(c):
+    return {(row[0].text, row[1].text) for row in tables.missing(c).rows}
+
+
+# --- the numbers ---
+
+
+def test_the_overview_has_a_row_a_variant_with_means_and_spreads(made):
+    table = tables.overview(runs.collect([str(made)]))
+    found = rows(table)
+    assert list(found) == ["absolute", "composite", "fixed"]
+    composite = found["composite"]
+    losses = np.array(LOSSES["composite"])
+    assert composite["held-out loss"] == f"{losses.mean():.3f} ± {losses.std(ddof=1):.3f}"
+    assert composite["perplexity"] == f"{math.exp(losses.mean()):.1f}"
+    assert composite["seeds"] == "3"
+    scores = 100 * (1 - losses / 10) + 1  # the mean of two fine-tuning seeds, two points apart
+    assert composite["word_order (accuracy)"] == f"{scores.mean():.1f} ± {scores.std(ddof=1):.1f}"
+    assert composite["parameters"] == "1.23M"
+    assert composite["tokens/s"] == "25.0k"
+    assert composite["peak memory"] == "3.00 GB"
+    assert found["fixed"]["held-out loss"] == "3.500"
+    assert found["fixed"]["word_order (accuracy)"] == "66.0 ± 1.4°"  # over its two fine-tunings
+    best = {row[0].text for row in table.rows if row[2].best}
+    assert best == {"composite"}
+
+
+def test_the_difference_is_paired_by_seed(made, copy):
+    found = paired_interval([a - b for a, b in zip(LOSSES["composite"], LOSSES["absolute"], strict=True)])
+    text = rows(tables.overview(runs.collect([str(made)])))["composite"]["loss − absolute"]
+    signed = [f"{value:+.3f}".replace("-", "−") for value in (found.mean, found.low, found.high)]
+    assert text == f"{signed[0]} [{signed[1]}, {signed[2]}] n=3"
+    shutil.rmtree(copy / "absolute-1")  # then two seeds are left that both have
+    text = rows(tables.overview(runs.collect([str(copy)])))["composite"]["loss − absolute"]
+    assert text.startswith("−0.075 [")
+    assert text.endswith("n=2")
+
+
+def test_what_is_better_and_what_could_be_shown_stands_beside_each_difference(made):
+    table = tables.differences(runs.collect([str(made)]))
+    found = {(row[0].text, row[1].text): [cell.text for cell in row[2:]] for row in table.rows}
+    differences = [a - b for a, b in zip(LOSSES["composite"], LOSSES["absolute"], strict=True)]
+    smallest = paired_interval(differences).smallest
+    assert found["held-out loss", "composite"][2:] == ["3", f"{smallest:.3f}", "better"]
+    assert found["word_order (accuracy)", "composite"][-1] == "better"  # there more is better
+    assert found["held-out loss", "fixed"] == ["+0.100", "—", "1", "—", "one seed"]
+    assert found["distance (spearman)", "composite"][-1] == "not shown"
+
+
+def test_another_baseline_can_be_named(made):
+    c = runs.collect([str(made)], baseline="composite")
+    assert rows(tables.overview(c))["composite"]["loss − composite"] == "—"
+    with pytest.raises(UserError, match="--baseline='compsite' is unknown"):
+        runs.collect([str(made)], baseline="compsite")
+
+
+def test_winners_say_whether_the_seeds_tell_them_apart(made):
+    found = rows(tables.winners(runs.collect([str(made)])))
+    row = ["held-out loss", "composite", "3.333", "absolute", "3.403", "yes"]
+    assert list(found["held-out loss"].values()) == row
+    assert found["distance 3, right"]["best"] == "composite"
+    assert found["parameters"]["told apart"] == "equal"
+
+
+def test_accuracy_by_distance_counts_rows_of_all_seeds(tmp_path):
+    pretraining(tmp_path / "a", 3.0)
+    finetuning(tmp_path / "a", "probes", {"distance": {"spearman": [0.5, 0.5]}}, right=[1, 0.9, 0.8, 0.5, 0.5, 0.2, 0])
+    seed = tmp_path / "a-probes" / "tasks" / "distance" / "0.json"
+    write(seed, {"by_label": {"validation": {"1": [300, 0]}}})  # beside 100 rows, all of them right, of the other seed
+    found = rows(tables.distances(runs.collect([str(tmp_path / "a")])))
+    assert list(found["a"].values()) == ["a", "25", "90", "80", "50", "50", "20", "0"]
+
+
+def test_glue_has_a_mean_where_all_its_tasks_are_there(tmp_path):
+    for name, results in (
+        ("a", {"rte": {"accuracy": [0.6]}, "cola": {"matthews": [0.4]}}),
+        ("b", {"rte": {"accuracy": [0.7]}}),
+    ):
+        finetuning(pretraining(tmp_path / name, 3.0), "glue", results)
+    c = runs.collect([str(tmp_path)])
+    found = rows(tables.overview(c))
+    assert found["a"]["GLUE mean"] == "50.0"
+    assert found["b"]["GLUE mean"] == "—"
+    assert found["b"]["cola (matthews)"] == "—"
+    assert ("b", "no results of cola") in lacking(c)
+
+
+def test_a_length_that_positions_do_not_reach_is_not_applicable(copy):
+    for seed in range(3):
+        write(copy / f"absolute-{seed}" / "evaluations" / "length-32.json", {"length": 32, "applicable": False})
+    (copy / "fixed-0" / "evaluations" / "length-32.json").unlink()
+    c = runs.collect([str(copy)])
+    found = rows(tables.lengths(c))
+    assert found["absolute"]["32 tokens"] == "not applicable"
+    assert found["fixed"]["32 tokens"] == "—"
+    assert found["composite"]["32 tokens"].startswith("3.833 ±")
+    assert lacking(c) == {("fixed-0", "not evaluated at length 32")}
+
+
+# --- what is missing, and what is not equal ---
+
+
+def test_unfinished_and_failed_runs_are_named_and_in_no_mean(copy):
+    (copy / "composite-1" / "summary.json").unlink()
+    shutil.rmtree(copy / "composite-2")
+    write(copy / "status" / "composite-2.json", {"state": "failed", "stage": "pretrain", "error": "out of memory"})
+    shutil.rmtree(copy / "fixed-0")
+    shutil.rmtree(copy / "absolute-0-probes")
+    c = runs.collect([str(copy)])
+    assert lacking(c) == {
+        ("composite-1", "pre-training has not ended: step 6 of 6"),
+        ("composite-2", "pretrain failed: out of memory"),
+        ("fixed-0", "not started"),
+        ("absolute-0", "probes: no results yet"),
+        ("absolute-0", "no results of word_order, distance"),
+    }
+    found = rows(tables.overview(c))
+    assert found["composite"]["seeds"] == "1 of 3"
+    assert found["composite"]["held-out loss"] == "3.310"
+    assert found["fixed"]["held-out loss"] == "—"
+
+
+def test_a_sweep_that_has_only_begun_is_reported(tmp_path, no_drawing):
+    jobs = {"absolute-0": {"variant": "absolute", "seed": 0, "stages": ["pretrain", "probes"]}}
+    write(tmp_path / "sweep.json", {"baseline": "absolute", "variants": ["absolute"], "jobs": jobs})
+    text = command.write([str(tmp_path)])[0].read_text()
+    assert "not started" in text
+
+
+def test_unequal_conditions_are_said(tmp_path):
+    pretraining(tmp_path / "a", 3.0)
+    pretraining(tmp_path / "b", 3.1, model__radius=3, train__batch_size=2)
+    write(tmp_path / "b" / "data.json", {"fingerprint": "g"})
+    found = tables.notes(runs.collect([str(tmp_path)]))
+    assert any("differ in train.batch_size too (4: a; 2: b)" in note for note in found)
+    assert any("not made with the same token rows" in note for note in found)
+    assert not any("model.radius" in note for note in found)
+    assert found[-1] == "Hardware: 1 x cpu, JAX 0."
+
+
+def test_single_runs_are_grouped_by_their_settings(tmp_path):
+    for folder, seed, changes in (("x-0", 0, {}), ("x-1", 1, {}), ("y", 0, {"model__radius": 1})):
+        run = pretraining(tmp_path / folder, 3.0)
+        write(run / "config.json", pretend_runs.config_of("x", seed, **changes))
+    c = runs.collect([str(tmp_path / name) for name in ("x-0", "x-1")])
+    assert {name: len(group) for name, group in c.variants.items()} == {"x": 2}
+    c = runs.collect([str(tmp_path)])  # the same name, other settings
+    assert set(c.variants) == {"x (x-0)", "x (x-1)", "x (y)"}
+
+
+def test_a_folder_without_runs_is_one_line(tmp_path, capsys):
+    for path, said in ((tmp_path, "holds no run"), (tmp_path / "nowhere", "is no folder")):
+        with pytest.raises(SystemExit) as ended:
+            command.main([str(path)])
+        assert ended.value.code == 2
+        assert said in capsys.readouterr().err
+
+
+# --- the page ---
+
+
+class Page(html.parser.HTMLParser):
+    """What a browser would see: elements with attributes, the text, and tags that were not closed."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.elements, self.open, self.words = [], [], []
+        self.feed(text)
+        self.close()
+
+    def handle_starttag(self, tag, attrs):
+        self.elements.append((tag, dict(attrs)))
+        if tag not in ("meta", "img", "br"):
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.words.append(data)
+
+
+def test_the_page_stands_alone_and_holds_every_picture(made):
+    found = [path.read_text() for path in command.write([str(made)])]
+    assert [path.name for path in sorted(made.glob("report.*"))] == ["report.html", "report.md"]
+    seen = Page(found[0])
+    assert seen.open == []
+    addresses = [
+        value for _, attributes in seen.elements for name, value in attributes.items() if name in ("src", "href")
+    ]
+    assert addresses
+    assert all(value.startswith(("data:image/", "#")) for value in addresses)
+    assert "http:" not in found[0]
+    assert "https:" not in found[0]
+    images = [attributes for tag, attributes in seen.elements if tag == "img"]
+    assert all(image["alt"] for image in images)
+    # two of losses, one a measure, one of distances, kernels and maps of three variants
+    assert len(images) == 2 + 4 + 1 + 3 + 3
+    targets = {attributes.get("id") for _, attributes in seen.elements}
+    assert {value[1:] for value in addresses if value.startswith("#")} <= targets
+    assert seen.elements.count(("button", {"type": "button"})) == sum(
+        tag == "th" and a.get("scope") == "col" for tag, a in seen.elements
+    )
+    assert "| composite |" in found[1]
+
+
+def test_lines_are_told_apart_without_colour():
+    marks = [(figures.style(i)["marker"], str(figures.style(i)["linestyle"])) for i in range(40)]
+    assert len(set(marks)) == 40
+
+
+HOSTILE = '<script>alert("x")</script>$\\frac{&'
+
+
+def test_hostile_run_folders_stay_text(tmp_path):
+    folder = tmp_path / "runs"
+    for name in ("a", "b"):
+        run = pretraining(folder / name, 3.0)
+        config = pretend_runs.config_of(HOSTILE if name == "a" else "</style>|b", 0)
+        config["data"]["source"] = f"{HOSTILE}{name}"
+        write(run / "config.json", config)
+        write(run / "data.json", {"fingerprint": HOSTILE + name})
+        summary = json.loads((run / "summary.json").read_text())
+        write(run / "summary.json", summary | {"hardware": HOSTILE, "parameters": HOSTILE, "tokens_per_second": True})
+        finetuning(run, "probes", {"word_order": {"accuracy": [0.5, HOSTILE, None]}, HOSTILE: {"accuracy": [1]}})
+        write(run / "evaluations" / "length-9.json", {"length": HOSTILE, "loss": 1, "applicable": True})
+    sentence = "a <b> $x^ & 'c'"
+    names = json.dumps({"variants": [HOSTILE, 3], "jobs": {"../../etc": {"variant": HOSTILE, "stages": [HOSTILE, 4]}}})
+    write(folder / "sweep.json", names)
+    html_path, markdown_path = command.write([str(folder)], sentence=sentence)
+    seen = Page(html_path.read_text())
+    assert [tag for tag, _ in seen.elements].count("script") == 1
+    assert [tag for tag, _ in seen.elements].count("style") == 1
+    assert not [tag for tag, _ in seen.elements if tag == "b"]
+    assert any(HOSTILE in words for words in seen.words)
+    assert "<script" not in markdown_path.read_text().replace("\\<", "")
+    assert all(not name.startswith("on") for _, attributes in seen.elements for name in attributes)
+
+
+@pytest.mark.parametrize(
+    "damaged", ["config.json", "summary.json", "metrics.jsonl", "kernels.npz", "attention", "results"]
+)
+def test_a_damaged_file_counts_as_missing(copy, damaged, no_drawing):
+    run = copy / "fixed-0"
+    path = {
+        "attention": attention_file(run, pretend_runs.SENTENCE),
+        "results": copy / "fixed-0-probes" / "results.json",
+    }.get(damaged, run / damaged)
+    for content in (b"\x00\xff{[[", b"[1, 2]", b'{"step": "six", "eval_loss": Infinity, "train": 3}', b""):
+        path.write_bytes(content)
+        text = command.write([str(copy)])[0].read_text()
+        assert "fixed" in text
+        said = {
+            "kernels.npz": "fixed: its scores have no taps",
+            "attention": "fixed: no maps of this sentence, and no checkpoint to make them with",
+            "metrics.jsonl": "fixed: no evaluation yet",
+        }.get(damaged, "What is missing")
+        assert said in text
+
+
+def test_markdown_takes_names_for_text():
+    table = tables.Table("<t>", "a|b", ("x_y",), ((tables.Cell("[a](b) `c` <d>|", best=True),),))
+    text = markdown.document("*", ["#"], [table])
+    assert r"**\[a\](b) \`c\` \<d\>\|**" in text
+    assert re.search(r"^# \\\*$", text, re.MULTILINE)
+
+
+def test_a_cell_without_a_number_has_nothing_to_sort_by():
+    made_up = ((tables.Cell("x", "x"), tables.Cell("—")), (tables.Cell("y", "y"), tables.Cell("3", 3.0)))
+    table = tables.Table("t", "", ("a", "b"), made_up)
+    seen = Page(page.page("t", [], [("t", page.table(table))]))
+    cells = [attributes.get("data-value") for tag, attributes in seen.elements if tag == "td"]
+    assert cells == [None, "3.0"]
+
+
+def test_kernels_share_one_scale_and_maps_follow_the_sentence(made, monkeypatch):
+    limits = []
+    monkeypatch.setattr(figures, "kernels", lambda terms, limit: limits.append(limit) or figures.Drawing("", 1, 1))
+    monkeypatch.setattr(figures, "attention", lambda found: figures.Drawing(" ".join(found.tokens), 1, 1))
+    c = runs.collect([str(made)])
+    assert len(pictures.kernels(c).pictures) == 3
+    assert limits == [2.0] * 3
+    found = pictures.attention(c, c.sentence)
+    assert [one.drawing.uri for one in found.pictures] == ["[CLS] the cat sat [SEP]"] * 3
+    assert [text.partition(":")[0] for text in pictures.attention(c, "another").lacking] == list(LOSSES)
