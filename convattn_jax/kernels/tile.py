@@ -175,18 +175,19 @@ def wide_dot(spec: Spec, a: Array, b: Array, contract: tuple[int, int], narrow: 
 
 def exp2(spec: Spec, x: Array) -> Array:
     """2**x by one instruction, which flushes denormal results to 0."""
-    return jnp.exp2(x) if spec.interpret else _instruction("ex2.approx.ftz.f32 $0, $1;", x)
+    return jnp.exp2(x) if spec.interpret else instruction("ex2.approx.ftz.f32 $0, $1;", x)
 
 
 def fma(spec: Spec, a: Array, b: Array | float, c: Array | float) -> Array:
     """a * b + c rounded once; b and c broadcast to a. XLA lets Triton fuse no product with a sum."""
     b, c = (jnp.broadcast_to(jnp.asarray(x, jnp.float32), a.shape) for x in (b, c))
-    return a * b + c if spec.interpret else _instruction("fma.rn.f32 $0, $1, $2, $3;", a, b, c)
+    return a * b + c if spec.interpret else instruction("fma.rn.f32 $0, $1, $2, $3;", a, b, c)
 
 
-def _instruction(asm: str, *args: Array) -> Array:
+def instruction(asm: str, *args: Array) -> Array:
+    """An instruction of the machine on each element, $0 the float32 result; not for the interpreter."""
     result = jax.ShapeDtypeStruct(args[0].shape, jnp.float32)
-    constraints = ",".join(["=f", *("f" for _ in args)])
+    constraints = ",".join(["=&f", *("f" for _ in args)])
     return plgpu.elementwise_inline_asm(asm, args=args, constraints=constraints, pack=1, result_shape_dtypes=[result])[
         0
     ]

@@ -4,11 +4,15 @@ B batch, T position, D channels, W = 2n + 1 taps, C = D / groups channels of a g
 position t meets position t + w - n.
 """
 
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
 import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Float, Int, Num
 
 from convattn_jax.model.inputs import Inputs
+from convattn_jax.model.layers import gelu
 
 
 def neighbour(x: Num[Array, "B T *rest"], offset: int) -> Num[Array, "B T *rest"]:
@@ -38,6 +42,23 @@ def depthwise(
         there = reachable(inputs, offset).reshape(*x.shape[:2], *(1,) * (x.ndim - 2)).astype(x.dtype)
         out += neighbour(x, offset) * there * taps[tap].astype(x.dtype)
     return out
+
+
+class Kernel(NamedTuple):
+    """A depthwise convolution's parameters, and whether gelu follows."""
+
+    taps: Float[Array, "W *channels"]
+    bias: Float[Array, "*channels"]
+    activation: bool = False
+
+
+Convolve = Callable[[Array, Sequence[Kernel], Inputs], tuple[Array, ...]]  # the signature of `convolve`
+
+
+def convolve(x: Float[Array, "B T *channels"], kernels: Sequence[Kernel], inputs: Inputs) -> tuple[Array, ...]:
+    """What each kernel makes of x, as plain array operations: the meaning of every faster form, and its fallback."""
+    sums = [depthwise(x, kernel.taps, inputs) + kernel.bias.astype(x.dtype) for kernel in kernels]
+    return tuple(gelu(total) if kernel.activation else total for kernel, total in zip(kernels, sums, strict=True))
 
 
 def grouped(
