@@ -3,7 +3,7 @@
 import dataclasses
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -14,7 +14,9 @@ from jax.sharding import PartitionSpec as P
 
 from convattn_jax.config import check
 from convattn_jax.model.attention import Attend
+from convattn_jax.model.convolution import Convolve, Kernel
 from convattn_jax.model.embedding import AddByIds
+from convattn_jax.model.inputs import Inputs
 from convattn_jax.model.operations import Operations
 
 AXES = ("data", "fsdp", "tensor")
@@ -110,7 +112,9 @@ def tree_shardings(tree: Any, mesh: Mesh | AbstractMesh) -> Any:
 def shard_operations(operations: Operations, mesh: Mesh) -> Operations:
     """A model's operations, each device at work on its own rows and heads."""
     return operations._replace(
-        attend=shard_attention(operations.attend, mesh), add_by_ids=shard_sums(operations.add_by_ids, mesh)
+        attend=shard_attention(operations.attend, mesh),
+        add_by_ids=shard_sums(operations.add_by_ids, mesh),
+        convolve=shard_convolution(operations.convolve, mesh),
     )
 
 
@@ -179,6 +183,26 @@ def shard_attention(attend: Attend, mesh: Mesh) -> Attend:
         )
         numbers = jnp.arange(batch, dtype=jnp.uint32), jnp.arange(heads, dtype=jnp.uint32)
         return mapped(q, k, v, score, query_segments, key_segments, seed, *numbers)
+
+    return sharded
+
+
+def shard_convolution(convolve: Convolve, mesh: Mesh) -> Convolve:
+    """The same function with rows mapped over the mesh, for the reason of `shard_attention`."""
+    if mesh.size == 1:
+        return convolve
+    axes, parts = BATCH[0], mesh.shape["data"] * mesh.shape["fsdp"]
+
+    def sharded(x: jax.Array, kernels: Sequence[Kernel], inputs: Inputs) -> tuple[jax.Array, ...]:
+        if x.shape[0] % parts:
+            return convolve(x, kernels, inputs)
+
+        def local(x, learned, inputs):
+            own = zip(learned, kernels, strict=True)
+            return convolve(x, [Kernel(taps, bias, kernel.activation) for (taps, bias), kernel in own], inputs)
+
+        mapped = jax.shard_map(local, mesh=mesh, in_specs=(P(axes), P(), P(axes)), out_specs=P(axes), check_vma=False)
+        return mapped(x, [(kernel.taps, kernel.bias) for kernel in kernels], inputs)
 
     return sharded
 

@@ -29,7 +29,8 @@ def trained(mesh: sharding.Mesh):
     """State and sums after two steps."""
     # all four terms: taps of heads, shared taps and segments cross the map; dropout depends on global rows and heads
     scores = ("content", "fixed", "dynamic_query", "dynamic_key")
-    config = tiny.model_config(layers=1, scores=scores, taps_init="wide", attention_dropout=0.3)
+    separable = {"kind": "separable", "radius": 2, "groups": 1, "activation": True, "half": False}
+    config = tiny.model_config(layers=1, scores=scores, taps_init="wide", attention_dropout=0.3, value=separable)
     model = MaskedLM(config, SIZE, sharding.shard_operations(PLAIN, mesh))
     objective = MaskedLanguageModelling(model, TOKENIZER, "pairs", MaskingConfig(0.15, False), np.zeros(SIZE))
     optimizer = make_optimizer(OptimizerConfig(0.01, 0.0, 0.9, 0.99, 1e-6, 0.01, 1.0), 10)

@@ -2,7 +2,7 @@
 
 import functools
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import jax
@@ -50,19 +50,24 @@ def implementation(call: Call, forced: str = "auto") -> str:
     Raises:
       UserError: the forced one is unknown, or can't serve the call.
     """
+    reasons = {name: refuses(call) for name, refuses in IMPLEMENTATIONS.items()}
+    return choose("attention", reasons, forced, call.platform)
+
+
+def choose(what: str, reasons: Mapping[str, str | None], forced: str, platform: str) -> str:
+    """The first name without a reason against it, or the forced one; says once why a faster one doesn't serve."""
     if forced != "auto":
-        if forced not in IMPLEMENTATIONS:
-            raise UserError(f"model.kernel={forced!r} is unknown; choose from auto, {', '.join(IMPLEMENTATIONS)}")
-        reason = IMPLEMENTATIONS[forced](call)
+        if forced not in reasons:
+            raise UserError(f"model.kernel={forced!r} is unknown; choose from auto, {', '.join(reasons)}")
+        reason = reasons[forced]
         if reason:
             raise UserError(f"model.kernel={forced} can't serve this model: {reason}; set model.kernel=auto")
         return forced
-    for name, refuses in IMPLEMENTATIONS.items():
-        reason = refuses(call)
+    for name, reason in reasons.items():
         if reason is None:
             return name
-        if call.platform != "cpu":
-            _say(f"attention without {name}: {reason}")
+        if platform != "cpu":
+            _say(f"{what} without {name}: {reason}")
     raise AssertionError("the plain form serves everything")
 
 

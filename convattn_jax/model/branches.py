@@ -8,17 +8,18 @@ from flax import linen as nn
 from jax import Array
 from jaxtyping import Float
 
+from convattn_jax.model.convolution import Kernel, convolve
 from convattn_jax.model.inputs import Inputs
 from convattn_jax.model.projections import Depthwise
 from convattn_jax.model.term import TAPS_INIT, TermShape
 
 
 def depthwise_branch(
-    v: Float[Array, "B T H K"], convolve: Callable[[Array, Inputs], Array], scale: Float[Array, " H"], inputs: Inputs
+    v: Float[Array, "B T H K"], kernel: Kernel, scale: Float[Array, " H"], inputs: Inputs
 ) -> Float[Array, "B T H K"]:
     """s_h DWConv(v)_i, on the projected values with padding zeroed (Chang et al. 2021, section 4)."""
     clean = v * inputs.valid[..., None, None].astype(v.dtype)
-    return convolve(clean, inputs) * scale[:, None].astype(v.dtype)
+    return convolve(clean, [kernel], inputs)[0] * scale[:, None].astype(v.dtype)
 
 
 def relative_values(alpha: Float[Array, "B H T S"], taps: Float[Array, "K W"]) -> Float[Array, "B T H K"]:
@@ -41,7 +42,7 @@ class DepthwiseBranch(nn.Module):
     def __call__(self, v: Array, alpha: Array | None, inputs: Inputs) -> Array:
         s = self.shape
         scale = self.param("scale", nn.initializers.ones, (s.heads,)) if self.scaled else jnp.ones(s.heads)
-        return depthwise_branch(v, Depthwise((s.heads, s.head_size), s.radius, name="convolution"), scale, inputs)
+        return depthwise_branch(v, Depthwise((s.heads, s.head_size), s.radius, name="convolution")(), scale, inputs)
 
 
 class ScaledDepthwiseBranch(DepthwiseBranch):

@@ -107,7 +107,8 @@ class SpanDynamicConvolution(nn.Module):
         x = x * inputs.valid[..., None].astype(x.dtype)
         q, k = (Linear((c.width,), half, name=name)(x) for name in ("query", "key"))
         v = Linear((c.width,), heads, name="value")(x)
-        span = Depthwise((c.width,), c.radius, name="span_depthwise")(x, inputs)
+        kernel = Depthwise((c.width,), c.radius, name="span_depthwise")()
+        (span,) = self.operations.convolve(x, [kernel], inputs)
         span = Linear((c.width,), half, name="span_pointwise")(span)
         kernels = Linear(half, (half[0], c.taps), name="span_kernel")(q * span)
 

@@ -5,6 +5,7 @@ one; `convattn_jax.kernels` puts fused kernels in their place, `convattn_jax.sha
 from typing import NamedTuple
 
 from convattn_jax.model.attention import Attend, attend
+from convattn_jax.model.convolution import Convolve, convolve
 from convattn_jax.model.embedding import AddByIds, add_by_ids
 
 
@@ -13,6 +14,7 @@ class Operations(NamedTuple):
 
     attend: Attend = attend
     add_by_ids: AddByIds = add_by_ids
+    convolve: Convolve = convolve
 
 
 PLAIN = Operations()

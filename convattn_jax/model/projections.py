@@ -5,7 +5,7 @@ PROJECTIONS. Where anything but `linear` is chosen, hidden states at padding are
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jax.numpy as jnp
@@ -15,8 +15,9 @@ from jaxtyping import Float
 
 from convattn_jax.config import check, check_choice
 from convattn_jax.model import convolution
+from convattn_jax.model.convolution import Convolve, Kernel
 from convattn_jax.model.inputs import Inputs
-from convattn_jax.model.layers import Linear, gelu, kernel_init, linear
+from convattn_jax.model.layers import Linear, kernel_init, linear
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,76 +41,98 @@ def taps_init(width: int) -> nn.initializers.Initializer:
 
 
 class Depthwise(nn.Module):
-    """`convolution.depthwise` with taps (W, *channels) and a bias (*channels)."""
+    """The parameters of a depthwise convolution: taps (W, *channels) and a bias (*channels)."""
 
     channels: tuple[int, ...]
     radius: int
+    activation: bool = False
 
     @nn.compact
-    def __call__(self, x: Array, inputs: Inputs) -> Array:
+    def __call__(self) -> Kernel:
         width = 2 * self.radius + 1
         taps = self.param("taps", taps_init(width), (width, *self.channels))
-        bias = self.param("bias", nn.initializers.zeros, self.channels)
-        return convolution.depthwise(x, taps, inputs) + bias.astype(x.dtype)
+        return Kernel(taps, self.param("bias", nn.initializers.zeros, self.channels), self.activation)
 
 
-class LinearProjection(nn.Module):
-    """x W + b."""
+class ProjectionModule(nn.Module):
+    """What every projection shares: a shape, and perhaps a depthwise convolution in front of its own part."""
 
     config: ProjectionConfig
     width: int
     heads: tuple[int, int]
 
+    def kernel(self) -> Kernel | None:
+        """The depthwise convolution whose result takes the place of the hidden states, or part of it; None without."""
+        return None
+
+    def __call__(self, x: Float[Array, "B T D"], inputs: Inputs, convolved: Array | None) -> Float[Array, "B T H K"]:
+        """The projection of x, given what `kernel` makes of it."""
+        raise NotImplementedError
+
+
+def project(
+    modules: Sequence[ProjectionModule], x: Float[Array, "B T D"], inputs: Inputs, convolve: Convolve
+) -> list[Float[Array, "B T H K"]]:
+    """Each projection of x. Their depthwise convolutions, if any, are one call, which may read x once for all."""
+    kernels = [module.kernel() for module in modules]
+    wanted = [kernel for kernel in kernels if kernel is not None]
+    convolved = iter(convolve(x, wanted, inputs) if wanted else ())
+    return [
+        module(x, inputs, None if kernel is None else next(convolved))
+        for module, kernel in zip(modules, kernels, strict=True)
+    ]
+
+
+class LinearProjection(ProjectionModule):
+    """x W + b."""
+
     @nn.compact
-    def __call__(self, x: Float[Array, "B T D"], inputs: Inputs) -> Float[Array, "B T H K"]:
+    def __call__(self, x: Float[Array, "B T D"], inputs: Inputs, convolved: Array | None) -> Float[Array, "B T H K"]:
         kernel = self.param("kernel", kernel_init, (self.width, *self.heads))
         return linear(x, kernel, self.param("bias", nn.initializers.zeros, self.heads))
 
 
-class SeparableProjection(nn.Module):
+class SeparableProjection(ProjectionModule):
     """Depthwise convolution over all D channels, gelu unless switched off, then a linear map."""
 
-    config: ProjectionConfig
-    width: int
-    heads: tuple[int, int]
+    def setup(self):
+        """Names the two parts."""
+        self.depthwise = Depthwise((self.width,), self.config.radius, self.config.activation)
+        self.pointwise = Linear((self.width,), self.heads)
 
-    @nn.compact
-    def __call__(self, x: Float[Array, "B T D"], inputs: Inputs) -> Float[Array, "B T H K"]:
-        x = Depthwise((self.width,), self.config.radius, name="depthwise")(x, inputs)
-        return Linear((self.width,), self.heads, name="pointwise")(gelu(x) if self.config.activation else x)
+    def kernel(self) -> Kernel:
+        """The first part."""
+        return self.depthwise()
+
+    def __call__(self, x: Float[Array, "B T D"], inputs: Inputs, convolved: Array | None) -> Float[Array, "B T H K"]:
+        """The second part."""
+        assert convolved is not None
+        return self.pointwise(convolved)
 
 
-class GroupedProjection(nn.Module):
+class GroupedProjection(ProjectionModule):
     """Convolution in `groups` groups of channels; one group is a dense convolution."""
 
-    config: ProjectionConfig
-    width: int
-    heads: tuple[int, int]
-
     @nn.compact
-    def __call__(self, x: Float[Array, "B T D"], inputs: Inputs) -> Float[Array, "B T H K"]:
+    def __call__(self, x: Float[Array, "B T D"], inputs: Inputs, convolved: Array | None) -> Float[Array, "B T H K"]:
         taps, groups = 2 * self.config.radius + 1, self.config.groups
         kernel = self.param("kernel", kernel_init, (taps, self.width // groups, *self.heads))
         bias = self.param("bias", nn.initializers.zeros, self.heads)
         return convolution.grouped(x, kernel, groups, inputs) + bias.astype(x.dtype)
 
 
-class NoProjection(nn.Module):
+class NoProjection(ProjectionModule):
     """The hidden states themselves, cut into heads."""
 
-    config: ProjectionConfig
-    width: int
-    heads: tuple[int, int]
-
-    @nn.compact
-    def __call__(self, x: Float[Array, "B T D"], inputs: Inputs) -> Float[Array, "B T H K"]:
+    def __call__(self, x: Float[Array, "B T D"], inputs: Inputs, convolved: Array | None) -> Float[Array, "B T H K"]:
+        """No parameters."""
         return x.reshape(*x.shape[:2], *self.heads)
 
 
 class Projection(NamedTuple):
     """A row of the table."""
 
-    module: Callable[..., nn.Module]
+    module: Callable[..., ProjectionModule]
     equation: str
     cost: str  # multiply-adds beyond a linear projection's B T D^2
 
@@ -144,20 +167,24 @@ def check_projection(field: str, config: ProjectionConfig, width: int, heads: in
         )
 
 
-class HalfConvolutional(nn.Module):
+class HalfConvolutional(ProjectionModule):
     """A convolution for the first half of the heads, a linear map for the second."""
 
-    config: ProjectionConfig
-    width: int
-    heads: tuple[int, int]
-
-    @nn.compact
-    def __call__(self, x: Float[Array, "B T D"], inputs: Inputs) -> Float[Array, "B T H K"]:
+    def setup(self):
+        """Names the two halves."""
         half = (self.heads[0] // 2, self.heads[1])
-        convolved = PROJECTIONS[self.config.kind].module(self.config, self.width, half, name="convolved")(x, inputs)
-        return jnp.concatenate([convolved, Linear((self.width,), half, name="linear")(x)], axis=2)
+        self.convolved = PROJECTIONS[self.config.kind].module(self.config, self.width, half)
+        self.linear = Linear((self.width,), half)
+
+    def kernel(self) -> Kernel | None:
+        """The first half's."""
+        return self.convolved.kernel()
+
+    def __call__(self, x: Float[Array, "B T D"], inputs: Inputs, convolved: Array | None) -> Float[Array, "B T H K"]:
+        """Both halves."""
+        return jnp.concatenate([self.convolved(x, inputs, convolved), self.linear(x)], axis=2)
 
 
-def projection(config: ProjectionConfig, width: int, heads: tuple[int, int], name: str) -> nn.Module:
-    """The module (x, inputs) -> (B, T, H, K) of a configuration."""
+def projection(config: ProjectionConfig, width: int, heads: tuple[int, int], name: str) -> ProjectionModule:
+    """The module of a configuration."""
     return (HalfConvolutional if config.half else PROJECTIONS[config.kind].module)(config, width, heads, name=name)

@@ -17,7 +17,7 @@ from convattn_jax.model.dropout import Seed
 from convattn_jax.model.inputs import Inputs
 from convattn_jax.model.layers import Linear
 from convattn_jax.model.operations import PLAIN, Operations
-from convattn_jax.model.projections import projection
+from convattn_jax.model.projections import project, projection
 from convattn_jax.model.rotations import ROTATIONS
 from convattn_jax.model.score import Score
 from convattn_jax.model.scores import TERMS
@@ -43,9 +43,9 @@ class SelfAttention(nn.Module):
         heads, shape = (c.heads, c.head_size), c.term_shape()
         if c.convolutional:
             x = x * inputs.valid[..., None].astype(x.dtype)
-        q = projection(c.query_key, c.width, heads, "query")(x, inputs)
-        k = projection(c.query_key, c.width, heads, "key")(x, inputs)
-        v = projection(c.value, c.width, heads, "value")(x, inputs)
+        kinds = {"query": c.query_key, "key": c.query_key, "value": c.value}
+        projections = [projection(kind, c.width, heads, name) for name, kind in kinds.items()]
+        q, k, v = project(projections, x, inputs, self.operations.convolve)
         rotate = ROTATIONS[c.rotation].function
         q, k = rotate(q, inputs.positions), rotate(k, inputs.positions)
         score = sum((_term(name, shape)(_surroundings(name, inputs, shared)) for name in c.scores), Score())
