@@ -29,6 +29,7 @@ settings
   SPOT=yes         cheaper, may be preempted: --workdir must be on gs:// [no]
   QUEUED=no        create TPU VMs at once or fail, instead of queueing   [yes]
   WORKER           whose output log follows                              [0]
+  RESTARTS         by train, of a run that failed; preemptions don't count [3]
   POLL             seconds between two looks at what is waited for       [30]
 
   --dry-run        print the commands of a step, ready to be pasted, and run none
@@ -36,7 +37,7 @@ HELP
 }
 
 NAME=${NAME:-convattn} PROJECT=${PROJECT:-} SPOT=${SPOT:-no} QUEUED=${QUEUED:-yes}
-WORKER=${WORKER:-0} POLL=${POLL:-30}
+WORKER=${WORKER:-0} RESTARTS=${RESTARTS:-3} POLL=${POLL:-30}
 
 version() {
     case $TYPE in
@@ -181,23 +182,21 @@ start() {
 
 train() {
     local status now
-    [[ $SPOT == no || " $*" == *" --workdir=gs://"* ]] || fail '--workdir is not on gs://: SPOT=yes would lose the run'
+    [[ $SPOT == no || " $* " == *" --workdir=gs://"* ]] || fail '--workdir is not on gs://: SPOT=yes would lose the run'
     ask
     while :; do
         status=0
         { await && start "$@" && follow; } || status=$?
-        case $status in
-            0) return ;;
-            143) ;;
+        if ((status == 0 || status == 2)); then return "$status"; fi # 2: what the user has to mend
+        now=$(state) || now=unknown
+        case $now in
+            FAILED) return "$status" ;;
+            '' | SUSPEND* | PREEMPTED | TERMINATED | STOP* | DELETING) note 'preempted; going on from the last checkpoint' ;;
             *)
-                now=$(state) || now=unknown
-                case $now in
-                    '' | SUSPEND* | PREEMPTED | TERMINATED | STOP* | DELETING) ;;
-                    *) return "$status" ;;
-                esac
+                ((RESTARTS-- > 0)) || return "$status"
+                note "ended with status $status; starting it again"
                 ;;
         esac
-        note "preempted; going on from the last checkpoint"
         ask
     done
 }

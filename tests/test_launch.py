@@ -209,17 +209,24 @@ def test_a_preempted_vm_made_at_once_is_made_again(stage):
     assert not any("queued" in verb for verb in stage.verbs())
 
 
-def test_a_run_that_something_stopped_starts_again_on_the_same_slice(stage):
-    stage.plan(runs=["stopped", 0])
+@pytest.mark.parametrize("ends", ["stopped", "1"])
+def test_a_run_that_is_stopped_or_fails_starts_again_on_the_same_slice(stage, ends):
+    stage.plan(runs=[ends, 0])
     assert stage.run("tpu_vm.sh", "train", *ARGUMENTS, **TPU).returncode == 0
     assert stage.verbs().count("queued-resources create") == 1
     assert len(stage.calls("python")) == 4
 
 
-def test_a_run_that_fails_ends_the_script_with_its_status(stage):
+def test_a_run_that_fails_again_and_again_ends_the_script_with_its_status(stage):
+    stage.plan(runs=[7, 7, 7])
+    assert stage.run("tpu_vm.sh", "train", *ARGUMENTS, **TPU, RESTARTS="1").returncode == 7
+    assert len(stage.calls("python")) == 4
+    assert stage.verbs().count("queued-resources create") == 1
+
+
+def test_what_the_user_has_to_mend_ends_the_script_at_once(stage):
     stage.plan(runs=[2])
     assert stage.run("tpu_vm.sh", "train", *ARGUMENTS, **TPU).returncode == 2
-    assert stage.verbs().count("queued-resources create") == 1
     assert len(stage.calls("python")) == 2
 
 
@@ -233,7 +240,7 @@ def test_a_slice_that_will_never_come_ends_the_script(stage):
 
 def test_a_copy_that_fails_installs_and_starts_nothing(stage):
     stage.plan(connections=["fine", "lost"])  # `progress` comes through, scp does not
-    assert stage.run("tpu_vm.sh", "train", *ARGUMENTS, **TPU).returncode == 1
+    assert stage.run("tpu_vm.sh", "train", *ARGUMENTS, **TPU, RESTARTS="0").returncode == 1
     assert not stage.calls("uv", "python")
 
 
