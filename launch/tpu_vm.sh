@@ -22,14 +22,14 @@ steps; ARGUMENTS are those of python -m convattn_jax.main
   delete           the slice with its disks: copy first what is not on gs://
 
 settings
-  ZONE, TYPE       where, and what: v5litepod-256, v6e-16, v5p-8, v4-32, ... 
+  ZONE, TYPE       where, and what: v5litepod-256, v6e-16, v5p-8, v4-32, ...   (required)
   NAME             of the slice                                          [convattn]
   PROJECT          the Google Cloud project                              [gcloud's own]
   VERSION          the software of the TPU VMs                           [the one meant for TYPE]
   SPOT=yes         cheaper, may be preempted: --workdir must be on gs:// [no]
   QUEUED=no        create TPU VMs at once or fail, instead of queueing   [yes]
   WORKER           whose output log follows                              [0]
-  RESTARTS         by train, of a run that failed; preemptions don't count [3]
+  RESTARTS         by train, after failures; preemptions don't count     [3]
   POLL             seconds between two looks at what is waited for       [30]
 
   --dry-run        print the commands of a step, ready to be pasted, and run none

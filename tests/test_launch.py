@@ -340,6 +340,14 @@ def test_a_job_whose_time_is_up_queues_again(stage, left, again):
     assert stage.calls("scontrol") == ([("scontrol", "requeue", "7")] if again else [])
 
 
+def test_a_job_submitted_elsewhere_says_so(stage):
+    copy = shutil.copy(LAUNCH / "slurm.sbatch", stage.folder / "slurm_script")
+    said = stage.run([copy], *ARGUMENTS, SLURM_JOB_ID="7")
+    assert said.returncode == 2
+    assert said.stderr.startswith("error: submit it in the repository's folder")
+    assert not stage.calls()
+
+
 def test_a_run_that_fails_fails_the_job_and_is_not_queued_again(stage):
     stage.plan(srun=[2], squeue=["0:30"])
     assert stage.run("slurm.sbatch", *ARGUMENTS, cwd=ROOT, SLURM_JOB_ID="7").returncode == 2
