@@ -245,9 +245,9 @@ def test_a_copy_that_fails_installs_and_starts_nothing(stage):
 
 
 def test_an_archive_that_fails_is_not_sent(stage):
-    (stage.folder / "slice").write_text("ACTIVE")
-    assert stage.run("tpu_vm.sh", "copy", **TPU | {"TMPDIR": "/nowhere"}).returncode != 0
-    assert not stage.calls()
+    settings = TPU | {"TMPDIR": "/nowhere", "RESTARTS": "0"}
+    assert stage.run("tpu_vm.sh", "train", *ARGUMENTS, **settings).returncode != 0
+    assert "tpu-vm scp" not in stage.verbs()
 
 
 @pytest.mark.parametrize("queued", ["yes", "no"])
