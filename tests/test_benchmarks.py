@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import tiny
 
-from benchmarks import lengths, ours, peers, start, step
+from benchmarks import attention, lengths, ours, peers, start, step
 from benchmarks.settings import configured
 from benchmarks.suites import COMPOSITE, HF, PLAIN, SUITES, Ratio, Spec, Suite
 from convattn_jax.config import from_config
@@ -82,6 +82,38 @@ def test_the_table_of_starts_holds_each_beside_the_cold_one():
     table = start.markdown(records, 12.4)
     assert "chip; 12 MB" in table
     assert "| warm | 6.0 | 15% | 2.0 |" in table
+
+
+def test_the_report_on_attention_compares_medians_and_draws_both_curves(tmp_path):
+    ms = {
+        "plain: cuDNN": 1.0,
+        "plain: SDPA": 0.8,
+        "composite: kernel": 1.2,
+        "composite: FlexAttention, table by tap": 6.0,
+    }
+    spread = {"low": 0.5, "high": 9.0}
+    records = [
+        {"batch": 2, "length": t, "contender": name, "ms": t * x} | spread for name, x in ms.items() for t in (8, 16)
+    ]
+    table = attention.markdown(records)
+    assert "| plain: SDPA | 6.400 (0.500 to 9.000) | 12.800 (0.500 to 9.000) |" in table
+    assert "| composite kernel / plain by cuDNN through JAX | 1.20 | 1.20 |" in table
+    assert "| composite kernel / the fastest plain attention | 1.50 | 1.50 |" in table
+    assert "| FlexAttention, the faster form / composite kernel | 5.00 | 5.00 |" in table
+    spaces = [{"memory": "composite: kernel", "length": t, "temporary_bytes": 100 * t} for t in (8, 16)]
+    attention.picture(records, spaces, tmp_path / "attention.png")
+    assert (tmp_path / "attention.png").stat().st_size > 5000
+
+
+def test_contenders_of_attention_that_cannot_run_are_left_out(monkeypatch, capsys):
+    def missing(problem):
+        raise RuntimeError("no such library")
+
+    monkeypatch.setitem(attention.CONTENDERS, "gone", missing)
+    records = attention.compare([(1, 16)], ["gone", "composite: plain form"], rounds=2)
+    assert [record["contender"] for record in records] == ["composite: plain form"]
+    assert 0 < records[0]["low"] <= records[0]["ms"] <= records[0]["high"]
+    assert "gone: left out, no such library" in capsys.readouterr().err
 
 
 def test_scoring_every_position_is_the_same_loss():
