@@ -25,4 +25,5 @@ def get_config() -> ConfigDict:
     glue.seeds = 0  # runs of each task; 0: ten, and two of a probe
     glue.together = 0  # seeds trained as one program; 0: as many as fit into memory
     glue.length = 128  # tokens of a text or pair, at most; 8 to 128
+    glue.save_seconds = 600.0  # between two saves while the seeds of a task train
     return c

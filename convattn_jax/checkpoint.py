@@ -66,7 +66,7 @@ class Checkpoints:
         `notes` is JSON that comes back with the state.
         """
         self.wait()
-        step = int(state.step)
+        step = int(state.step if state.step.ndim == 0 else state.step[0])  # of seeds that train together each has one
         items = ocp.args.Composite(
             params=ocp.args.StandardSave(state.params),
             rest=ocp.args.StandardSave({"step": state.step, "opt_state": state.opt_state}),
@@ -74,7 +74,7 @@ class Checkpoints:
         try:
             self._orbax.save(self._path(step), args=items, force=True)  # in place of a damaged one, if there is any
         except OSError as error:
-            raise self._unwritten(error) from error
+            raise unwritten(self._folder, error) from error
         loss = (metrics or {}).get(BEST)
         self._finishing = threading.Thread(target=self._finish, args=(step, loss, notes), daemon=True)
         self._finishing.start()
@@ -100,7 +100,7 @@ class Checkpoints:
         """Raises what has kept a save from its end so far; doesn't wait for one that is under way."""
         if self._failure is not None:
             failure, self._failure = self._failure, None
-            raise self._unwritten(failure) from failure
+            raise unwritten(self._folder, failure) from failure
 
     def close(self) -> None:
         """Waits, then releases Orbax's threads."""
@@ -123,24 +123,33 @@ class Checkpoints:
         restored = self._orbax.restore(self._path(step), args=items)
         rest = restored["rest"]
         state = TrainState(step=rest["step"], params=restored["params"], opt_state=rest["opt_state"])
-        return Saved(state, _manifest_of(self._folder / str(step)).get("notes") or {})
+        return Saved(state, notes(self._folder, step))
 
     def _path(self, step: int) -> epath.Path:
         return (self._folder / str(step)).absolute()  # Orbax takes no other
 
-    def _unwritten(self, failure: BaseException) -> UserError:
-        text = " ".join(str(failure).split()) or type(failure).__name__
-        return UserError(f"--workdir: no checkpoint could be written to {self._folder} ({text}): make room there")
+
+def unwritten(folder: epath.Path, failure: BaseException) -> UserError:
+    """What to tell of a save that failed."""
+    text = " ".join(str(failure).split()) or type(failure).__name__
+    return UserError(f"--workdir: no checkpoint could be written to {folder} ({text}): make room there")
 
 
 def save_params(folder: epath.PathLike, step: int, params: Any) -> None:
-    """Writes parameters alone as the checkpoint of a step, whole when it returns; an older one of that step goes."""
+    """Writes parameters alone as the checkpoint of a step, whole when it returns; an older one of that step goes.
+
+    Raises:
+      UserError: it can't be written.
+    """
     path = epath.Path(folder) / str(step)
     if path.exists():
         path.rmtree()
-    with ocp.StandardCheckpointer() as orbax:
-        orbax.save((path / "params").absolute(), params)
-    write_manifest(path, step)
+    try:
+        with ocp.StandardCheckpointer() as orbax:
+            orbax.save((path / "params").absolute(), params)
+        write_manifest(path, step)
+    except (OSError, ValueError) as error:  # the second is TensorStore's
+        raise unwritten(path, error) from error
 
 
 def load_params(folder: epath.PathLike, like: Any, step: int | None = None) -> Any:
@@ -171,6 +180,11 @@ def newest_whole(folder: epath.PathLike, report: Callable[[str], None] = lambda 
             return step
         report(f"checkpoint {step} is damaged ({problem}): passed over")
     return None
+
+
+def notes(folder: epath.PathLike, step: int) -> dict[str, Any]:
+    """What was noted with a checkpoint."""
+    return _manifest_of(epath.Path(folder) / str(step)).get("notes") or {}
 
 
 def surplus(folder: epath.Path, step: int, keep: int) -> list[epath.Path]:

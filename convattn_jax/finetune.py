@@ -19,12 +19,13 @@ import ml_collections
 import numpy as np
 from etils import epath
 
-from convattn_jax import checkpoint, memory
-from convattn_jax.config import UserError, check, check_choice, from_config, to_plain
-from convattn_jax.console import Console
+from convattn_jax import checkpoint, interrupt, memory
+from convattn_jax.account import KINDS, Account
+from convattn_jax.config import Interrupted, UserError, check, check_choice, from_config, to_plain
+from convattn_jax.console import Console, duration
 from convattn_jax.data.config import DataConfig
 from convattn_jax.data.tokenizer import Tokenizer
-from convattn_jax.glue import examples, finished, metrics, results, submission
+from convattn_jax.glue import examples, finished, metrics, results, submission, unfinished
 from convattn_jax.glue.config import GlueConfig
 from convattn_jax.glue.data import TaskData, Texts, load_data
 from convattn_jax.glue.tasks import TASKS, Task, recipe, select, steps_for
@@ -61,6 +62,7 @@ def default_workdir(config: ml_collections.ConfigDict) -> str:
 
 def run(config: ml_collections.ConfigDict, workdir: str, console: Console | None = None) -> results.Table:
     """Trains what is not finished, and writes the results of all that is."""
+    account = Account()
     c = from_config(FinetuneConfig, config)
     check(
         jax.process_count() == 1,
@@ -76,22 +78,22 @@ def run(config: ml_collections.ConfigDict, workdir: str, console: Console | None
         "tokenizer": pretrained.tokenizer.digest,
         "init_step": checkpoint.newest_whole(RunFolder(c.init_from).checkpoints),
     }
-    for key in ("tasks", "together", "seeds"):  # a later call may add to them
+    for key in ("tasks", "together", "seeds", "save_seconds"):  # a later call may add to them
         settings["glue"].pop(key)
     folder.check_belongs(settings)
     folder.check_writable()
     text = from_config(DataConfig, pretrained.config["data"], "data.")
     data = {task.name: load_data(task, c.glue, pretrained.tokenizer, text) for task in tasks}  # before anything trains
     folder.path.mkdir(parents=True, exist_ok=True)
-    pretrained.tokenizer.save(str(folder.path))
-    folder.write("config", settings)
-    with console or Console() as console, contextlib.ExitStack() as closing:
+    with folder.lock(), console or Console() as console, contextlib.ExitStack() as closing:
+        pretrained.tokenizer.save(str(folder.path))
+        folder.write("config", settings)
         trainers = {
             outputs: closing.enter_context(contextlib.closing(Trainer(classifier(pretrained, outputs))))
             for outputs in sorted({task.outputs for task in tasks})
         }
         finetunings = [
-            _Finetuning(c.glue, task, data[task.name], pretrained, trainers[task.outputs], folder, console)
+            _Finetuning(c.glue, task, data[task.name], pretrained, trainers[task.outputs], folder, console, account)
             for task in tasks
         ]
         for finetuning in finetunings:  # the compiler is at work on later tasks while the first ones train
@@ -99,7 +101,8 @@ def run(config: ml_collections.ConfigDict, workdir: str, console: Console | None
         with memory.explained(lambda: out_of_memory(c.glue)):
             for finetuning in finetunings:
                 finetuning.complete()
-        return finish(folder, console)
+        account.charge("evaluating")
+        return finish(folder, console, account)
 
 
 def out_of_memory(c: GlueConfig) -> str:
@@ -152,8 +155,9 @@ class _Finetuning:
         trainer: Trainer,
         folder: RunFolder,
         console: Console,
+        account: Account,
     ):
-        self.c, self.task, self.data, self.console = c, task, data, console
+        self.c, self.task, self.data, self.console, self.account = c, task, data, console, account
         self.pretrained, self.folder, self.trainer = pretrained, folder, trainer
         self.recipe = recipe(c.preset, task)
         steps = steps_for(task, c.preset, len(data.train(0).rows))
@@ -168,15 +172,24 @@ class _Finetuning:
             self._train(group)
         self._predict_tests()
 
-    def _groups(self) -> list[Sequence[int]]:
+    def _groups(self) -> list[list[int]]:
         """The seeds that are not finished, those together that train together."""
-        ended = finished.seeds(self.folder, self.task)
-        missing = [seed for seed in self.c.seeds_of(self.task) if seed not in ended]
+        ended, asked = finished.seeds(self.folder, self.task), self.c.seeds_of(self.task)
+        missing = [seed for seed in asked if seed not in ended]
+        begun = unfinished.begun(self.folder, self.task)
+        as_begun = set(begun.get("seeds", ())) <= set(asked) and begun == self._group(begun.get("seeds", ()))
+        before = begun["seeds"] if as_begun else []
         parameters = sum(leaf.size for leaf in jax.tree.leaves(self.pretrained.params))
         one = bytes_per_seed(self.trainer.model, parameters, self.recipe.batch_size, self.edges[-1])
         devices = jax.local_devices()
-        together = self.c.together or seeds_that_fit(one, len(missing), memory_of(devices[0]), len(devices))
-        return [missing[start : start + together] for start in range(0, len(missing), together)]
+        together = self.c.together or seeds_that_fit(
+            one, max(len(missing), len(before)), memory_of(devices[0]), len(devices)
+        )
+        return unfinished.groups(missing, together, before)
+
+    def _group(self, seeds: Sequence[int]) -> dict[str, Any]:
+        """What decides about the numbers that seeds end with, when they train together."""
+        return {"seeds": list(seeds), "steps": self.schedule.steps, "starts_from": [self._start_of(s) for s in seeds]}
 
     def compile_ahead(self) -> None:
         """Has the compiler begin with the programs that `complete` will want, in that order."""
@@ -191,26 +204,36 @@ class _Finetuning:
         return lengths_of(self.data.train(epoch))
 
     def _train(self, seeds: Sequence[int]) -> None:
-        began, tokens = time.perf_counter(), 0
-        state, keys = self.trainer.start(seeds, self._encoders(seeds))
+        began = time.perf_counter()
         steps, name = self.schedule.steps, f"{self.task.name} x {len(seeds)}"
-
-        def report(step: int, losses: jax.Array, count: int) -> None:
-            nonlocal tokens
-            tokens += count
-            if step % 20 == 0 or step == steps:
-                loss = float(losses.mean())
-                elapsed = time.perf_counter() - began
-                left = self.console.seconds_left(step, steps)
-                self.console.training(step, steps, loss, None, tokens / elapsed, left)
-
-        self.console.message(f"{name} seeds: {steps} steps of {self.recipe.batch_size} rows")
-        state = self.trainer.train(state, keys, self.schedule, self._batches(seeds), report)
+        unfinished.begin(self.folder, self.task, self._group(seeds))
+        where = unfinished.checkpoints(self.folder, self.task)
+        with interrupt.deferred() as stop, contextlib.closing(checkpoint.Checkpoints(where, keep=1)) as checkpoints:
+            state, keys = self.trainer.start(seeds, self._encoders(seeds))
+            like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
+            saved = checkpoints.restore(like, self.console.message)
+            state = state if saved is None else saved.state
+            first = int(state.step[0])
+            again = f", from step {first} on" if first else ""
+            self.console.message(f"{name} seeds: {steps} steps of {self.recipe.batch_size} rows{again}")
+            self.account.charge("starting")
+            progress = unfinished.Progress(
+                self.task.name, seeds, steps, self.c.save_seconds, self.console, self.account, checkpoints, stop
+            )
+            batches = itertools.islice(self._batches(seeds, first), steps - first)
+            state = self.trainer.train(state, keys, self.schedule, batches, progress.report, progress.ends)
+            self.account.charge("training")
+        if int(state.step[0]) < steps:
+            step = int(state.step[0])
+            raise Interrupted(f"{name} seeds stopped at step {step}: the same command resumes from there")
         logits = {split: self._logits(state.params, texts) for split, texts in self.data.evaluated.items()}
+        self.account.charge("evaluating")
         seconds = time.perf_counter() - began
         for i, seed in enumerate(seeds):
             params = jax.tree.map(lambda leaf, i=i: leaf[i], state.params)
             self._leave(seed, params, {split: values[i] for split, values in logits.items()}, seconds)
+        unfinished.end(self.folder, self.task)
+        self.account.charge("saving")
 
     def _logits(self, params: Params, texts: Texts) -> np.ndarray:
         """(S, N, C)"""
@@ -247,18 +270,17 @@ class _Finetuning:
         model = classifier(self.pretrained, TASKS[source].outputs)
         return finished.params(self.folder, TASKS[source], model, seed)["encoder"]
 
-    def _batches(self, seeds: Sequence[int]) -> Iterator[Batch]:
-        """One batch a step, (S, B, T): the bucket is the same for all seeds, the rows are each seed's own."""
-        size, pad, steps = self.recipe.batch_size, self.pretrained.tokenizer.pad, self.schedule.steps
+    def _batches(self, seeds: Sequence[int], first: int) -> Iterator[Batch]:
+        """A batch for each step after `first` others, (S, B, T): one bucket for all seeds, the rows each seed's own."""
+        size, pad = self.recipe.batch_size, self.pretrained.tokenizer.pad
         for epoch in itertools.count():
             texts = self.data.train(epoch)
             lengths = self._train_lengths(epoch)
             plans = [examples.epoch_batches(lengths, size, self.edges, self.task.name, epoch, seed) for seed in seeds]
-            for parts in zip(*plans, strict=True):
+            skipped = min(first, len(plans[0]))
+            first -= skipped
+            for parts in itertools.islice(zip(*plans, strict=True), skipped, None):
                 yield stack(texts.rows, texts.labels, parts, size, pad)
-                steps -= 1
-                if steps == 0:
-                    return
 
     def _leave(self, seed: int, params: Params, logits: dict[str, np.ndarray], seconds: float) -> None:
         figures = {
@@ -326,8 +348,11 @@ def digest_of(texts: Texts) -> str:
     return digest.hexdigest()
 
 
-def finish(folder: RunFolder, console: Console) -> results.Table:
-    """The results of what is finished, by this call or an earlier one, and a submission of what is predicted."""
+def finish(folder: RunFolder, console: Console, account: Account) -> results.Table:
+    """The results of what is finished, by this call or an earlier one, and a submission of what is predicted.
+
+    The account is of this call alone.
+    """
     table = finished.table(folder)
     results.write(folder.path, table)
     console.message(results.markdown(table).rstrip())
@@ -336,6 +361,7 @@ def finish(folder: RunFolder, console: Console) -> results.Table:
     predictions = finished.predictions(folder)
     if predictions:
         shown.append(("submission", epath.Path(submission.write(str(folder.path), predictions).path)))
+    shown += [(KINDS[kind], duration(seconds)) for kind, seconds in account.seconds.items() if seconds]
     console.table(folder.path.name, shown)
     return table
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import os
 import pathlib
 import random
 import shutil
@@ -12,13 +13,14 @@ import time
 import zipfile
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
 
 from convattn_jax import checkpoint, finetune, inference, main, pretrain
 from convattn_jax.config import UserError
-from convattn_jax.glue import training
+from convattn_jax.glue import finished, training, unfinished
 from convattn_jax.glue.config import SEEDS
 from convattn_jax.glue.tasks import TASKS
 
@@ -157,6 +159,81 @@ def test_a_call_for_another_task_keeps_what_is_there(home, copy, probed, capsys)
     assert table == results_of(probed) | {"adjacent": {"accuracy": [table["adjacent"]["accuracy"][0]]}}
     assert "| adjacent | accuracy |" in (copy / "results.md").read_text()
     assert str(copy / "results.json") in capsys.readouterr().out
+
+
+def test_seeds_that_are_stopped_or_killed_within_a_task_end_as_if_they_had_not_been(
+    home, probed, tmp_path, monkeypatch, capsys
+):
+    folder, train = tmp_path / "stopped", training.Trainer.train
+    begun = []
+
+    def interrupted(self, state, keys, schedule, batches, report, ends):
+        begun.append((int(state.step[0]), len(keys)))
+
+        def report_and_strike(step, losses, tokens):
+            if step == strike:
+                os.kill(os.getpid(), signal.SIGTERM) if len(begun) == 1 else die()
+            report(step, losses, tokens)
+
+        return train(self, state, keys, schedule, batches, report_and_strike, ends)
+
+    def die():
+        raise RuntimeError("killed")
+
+    monkeypatch.setattr(training.Trainer, "train", interrupted)
+    args = [*PROBE, f"--workdir={folder}"]
+    strike = 3
+    start(home, *args)
+    assert "word_order x 2 seeds stopped at step 3: the same command resumes" in capsys.readouterr().err
+    strike = 6
+    with pytest.raises(RuntimeError, match="killed"):
+        start(home, *args, "--config.glue.save_seconds=0")
+    strike = 0
+    save, saved = finished.save, []
+
+    def second_fails(*what):
+        if saved:
+            die()
+        saved.append(what)
+        save(*what)
+
+    monkeypatch.setattr(finished, "save", second_fails)
+    with pytest.raises(RuntimeError, match="killed"):
+        start(home, *args)
+    monkeypatch.setattr(finished, "save", save)
+    start(home, *args)
+    assert begun[0] == (0, 2)
+    assert begun[1] == (3, 2)
+    assert begun[2][0] in (4, 5)  # one save may have been under way
+    assert [count for _, count in begun] == [2, 2, 2, 2]  # also when one of the two was finished
+    assert results_of(folder) == results_of(probed)
+    kept = [{path.name for path in (at / "checkpoints" / "word_order").iterdir()} for at in (folder, probed)]
+    assert kept[0] == kept[1]
+    for seed in map(int, kept[0]):
+        assert_same(*(params_of(home, at, "word_order", seed) for at in (folder, probed)))
+    assert not (folder / "unfinished").exists()
+
+
+def test_a_loss_that_is_not_finite_stops_the_task_before_it_is_saved(home, tmp_path, monkeypatch, capsys):
+    step = training.Trainer._step_one
+
+    def broken(self, state, batch, key, rate):
+        state, value = step(self, state, batch, key, rate)
+        return state, jnp.where(state.step == 2, jnp.nan, value)
+
+    monkeypatch.setattr(training.Trainer, "_step_one", broken)
+    with pytest.raises(SystemExit):
+        start(home, *PROBE, f"--workdir={tmp_path / 'nan'}", "--config.glue.save_seconds=0")
+    assert "glue.tasks=word_order: the loss of seed 42 is not finite at step 2: choose" in capsys.readouterr().err
+    assert checkpoint.newest_whole(tmp_path / "nan" / "unfinished" / "word_order" / "checkpoints") == 1
+
+
+def test_groups_go_on_as_they_began():
+    assert unfinished.groups([1, 2, 3], 2, []) == [[1, 2], [3]]
+    assert unfinished.groups([2, 3], 3, [1, 2]) == [[1, 2], [3]]
+    assert unfinished.groups([2, 3], 1, [1, 2]) == [[2], [3]]  # fewer together, as memory may demand
+    assert unfinished.groups([3], 2, [1, 2]) == [[3]]
+    assert unfinished.groups([], 2, [1, 2]) == []
 
 
 def test_a_killed_run_goes_on_with_the_missing_seeds_and_takes_more(home, probed, tmp_path, monkeypatch):

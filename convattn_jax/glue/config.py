@@ -21,6 +21,7 @@ class GlueConfig:
     seeds: int
     together: int
     length: int
+    save_seconds: float
 
     def __post_init__(self):
         names = tuple(name for given in self.tasks for name in (GLUE if given == "all" else (given,)))
@@ -36,6 +37,7 @@ class GlueConfig:
         check(0 <= self.seeds <= len(SEEDS), f"glue.seeds={self.seeds} must lie in 0 .. {len(SEEDS)}")
         check(self.together >= 0, f"glue.together={self.together} must be 0 (as many as fit) or more")
         check(8 <= self.length <= BUCKETS[-1], f"glue.length={self.length} must lie in 8 .. {BUCKETS[-1]} tokens")
+        check(self.save_seconds >= 0, f"glue.save_seconds={self.save_seconds} must be 0 or more")
         needs_files = self.source == "tsv" and not all(task.is_probe for task in tasks)
         check(bool(self.data_dir) or not needs_files, "glue.data_dir is empty: name the folder of GLUE's TSV files")
 

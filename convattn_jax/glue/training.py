@@ -197,12 +197,19 @@ class Trainer:
         schedule: Schedule,
         batches: Iterable[Batch],
         report: Callable[[int, Array, int], None],
+        ends: Callable[[int, TrainState], bool] = lambda step, state: False,
     ) -> TrainState:
-        """All steps; `report(step, losses (S,), tokens)` gets each step's losses, still on the device."""
-        for step, (batch, rate) in enumerate(zip(batches, schedule.rates(), strict=True), start=1):
+        """The steps after `state.step`, to the last or until `ends(step, state)`; `batches` are theirs.
+
+        `report(step, losses (S,), tokens)` gets each step's losses, still on the device.
+        """
+        first = int(state.step[0])
+        for step, (batch, rate) in enumerate(zip(batches, schedule.rates()[first:], strict=True), start=first + 1):
             program = self.prepare_step(*batch.rows.ids.shape).result()
             state, losses = program(state, self._spread(batch, len(keys), 0, 1), keys, rate)
             report(step, losses, int(batch.rows.mask.sum()))
+            if ends(step, state):
+                break
         return state
 
     def _step_all(self, state: TrainState, batch: Batch, keys: Array, rate: Array) -> tuple[TrainState, Array]:
