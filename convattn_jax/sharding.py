@@ -17,6 +17,7 @@ from convattn_jax.model.attention import Attend
 from convattn_jax.model.convolution import Convolve, Kernel
 from convattn_jax.model.embedding import AddByIds
 from convattn_jax.model.inputs import Inputs
+from convattn_jax.model.layers import AddNorm
 from convattn_jax.model.operations import Operations
 
 AXES = ("data", "fsdp", "tensor")
@@ -115,7 +116,29 @@ def shard_operations(operations: Operations, mesh: Mesh) -> Operations:
         attend=shard_attention(operations.attend, mesh),
         add_by_ids=shard_sums(operations.add_by_ids, mesh),
         convolve=shard_convolution(operations.convolve, mesh),
+        add_norm=shard_add_norm(operations.add_norm, mesh),
     )
+
+
+def shard_add_norm(add_norm: AddNorm, mesh: Mesh) -> AddNorm:
+    """The same function, each device at work on its own rows; the gradients of scale and bias are summed over them."""
+    if mesh.size == 1:
+        return add_norm
+    axes, parts = BATCH[0], mesh.shape["data"] * mesh.shape["fsdp"]
+
+    def sharded(x, out, scale, bias, rate, seed):
+        if x.shape[0] % parts:  # a single row, at initialisation
+            return add_norm(x, out, scale, bias, rate, seed)
+
+        def local(x, out, scale, bias, seed, rows):
+            return add_norm(x, out, scale, bias, rate, seed, rows)
+
+        mapped = jax.shard_map(
+            local, mesh=mesh, in_specs=(P(axes), P(axes), P(), P(), P(), P(axes)), out_specs=P(axes), check_vma=False
+        )
+        return mapped(x, out, scale, bias, seed, jnp.arange(x.shape[0], dtype=jnp.uint32))
+
+    return sharded
 
 
 def shard_sums(add_by_ids: AddByIds, mesh: Mesh) -> AddByIds:

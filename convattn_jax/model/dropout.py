@@ -49,21 +49,28 @@ def _mix(word: Array) -> Array:
     return word ^ (word >> 15)
 
 
-def dropout(x: Float[Array, "B T D"], rate: float, seed: Seed | None) -> Float[Array, "B T D"]:
-    """Zeroes entries with probability `rate` and divides the rest by 1 - rate; the identity without a seed."""
+def dropout(
+    x: Float[Array, "B T D"], rate: float, seed: Seed | None, rows: Integer[Array, " B"] | None = None
+) -> Float[Array, "B T D"]:
+    """Zeroes entries with probability `rate` and divides the rest by 1 - rate; the identity without a seed.
+
+    `rows` are the rows' numbers in the whole batch, where a device holds a part of it.
+    """
     if seed is None or rate == 0.0:
         return x
-    return _dropout(x, seed, rate)
+    return _dropout(x, seed, rows, rate)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def _dropout(x: Array, seed: Array, rate: float) -> Array:
-    return jnp.where(keep_elements(seed, x.shape, rate), x * (1 / (1 - rate)), 0).astype(x.dtype)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _dropout(x: Array, seed: Array, rows: Array | None, rate: float) -> Array:
+    return jnp.where(keep_elements(seed, x.shape, rate, rows), x * (1 / (1 - rate)), 0).astype(x.dtype)
 
 
-def keep_elements(seed: Seed, shape: tuple[int, ...], rate: float) -> Array:
+def keep_elements(seed: Seed, shape: tuple[int, ...], rate: float, rows: Array | None = None) -> Array:
     """The mask of `dropout` for an array whose first axis is the batch row."""
     row = jax.lax.broadcasted_iota(jnp.uint32, shape, 0)
+    if rows is not None:
+        row = rows.astype(jnp.uint32).reshape(-1, *(1,) * (len(shape) - 1))
     place = jnp.zeros(shape, jnp.uint32)
     for axis in range(1, len(shape)):
         place = place * np.uint32(shape[axis]) + jax.lax.broadcasted_iota(jnp.uint32, shape, axis)
@@ -83,12 +90,12 @@ def keep_pairs(
     return keep(seed, row * np.uint32(ROW_STRIDE) + head, query * np.uint32(QUERY_STRIDE) + key, rate)
 
 
-def _forward(x: Array, seed: Array, rate: float) -> tuple[Array, Array]:
-    return _dropout(x, seed, rate), seed
+def _forward(x: Array, seed: Array, rows: Array | None, rate: float) -> tuple[Array, tuple[Array, Array | None]]:
+    return _dropout(x, seed, rows, rate), (seed, rows)
 
 
-def _backward(rate: float, seed: Array, gradient: Array) -> tuple[Array, None]:
-    return _dropout(gradient, seed, rate), None
+def _backward(rate: float, saved: tuple[Array, Array | None], gradient: Array) -> tuple[Array, None, None]:
+    return _dropout(gradient, *saved, rate), None, None
 
 
 _dropout.defvjp(_forward, _backward)

@@ -69,10 +69,11 @@ class Block(nn.Module):
         seeds = (None, None, None) if seed is None else tuple(seed)
         mixer = MIXERS[c.mixer].module(c, self.operations, name="attention")
         out, asked = mixer(x, inputs, seeds[0], shared, self.outputs)
-        x = LayerNorm(c.width, name="attention_norm")(x + dropout(out, c.dropout, seeds[1]))
+        add_norm = self.operations.add_norm
+        x = LayerNorm(c.width, add_norm, name="attention_norm")(x, out, c.dropout, seeds[1])
         hidden = gelu(Linear((c.width,), (c.hidden,), name="mlp_in")(x))
         out = Linear((c.hidden,), (c.width,), name="mlp_out")(hidden)
-        x = LayerNorm(c.width, name="mlp_norm")(x + dropout(out, c.dropout, seeds[2]))
+        x = LayerNorm(c.width, add_norm, name="mlp_norm")(x, out, c.dropout, seeds[2])
         if "hidden" in self.outputs:
             asked = {**asked, "hidden": x}
         return x, asked

@@ -7,6 +7,7 @@ from typing import NamedTuple
 from convattn_jax.model.attention import Attend, attend
 from convattn_jax.model.convolution import Convolve, convolve
 from convattn_jax.model.embedding import AddByIds, add_by_ids
+from convattn_jax.model.layers import AddNorm, add_norm
 
 
 class Operations(NamedTuple):
@@ -15,6 +16,7 @@ class Operations(NamedTuple):
     attend: Attend = attend
     add_by_ids: AddByIds = add_by_ids
     convolve: Convolve = convolve
+    add_norm: AddNorm = add_norm
 
 
 PLAIN = Operations()
