@@ -5,8 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from convattn_jax.config import UserError
 from convattn_jax.kernels import add_norm as kernel
 from convattn_jax.kernels.add_norm import Walk
+from convattn_jax.kernels.normalise import add_norm_implementation
 from convattn_jax.model import layers
 
 draw = np.random.default_rng(0)
@@ -83,6 +85,15 @@ def test_what_it_cannot_take_is_said():
     assert kernel.supports(768, jnp.bfloat16) is None
     assert "float64" in (kernel.supports(768, jnp.float64) or "")
     assert "5000" in (kernel.supports(5000, jnp.float32) or "")
+
+
+def test_a_gpu_gets_the_kernel_where_it_serves_and_is_told_where_it_does_not():
+    assert add_norm_implementation("gpu", 768, "bfloat16") == "pallas_gpu"
+    assert add_norm_implementation("gpu", 768, "bfloat16", "plain") == "plain"
+    assert add_norm_implementation("cpu", 768, "bfloat16") == "plain"
+    assert add_norm_implementation("tpu", 768, "bfloat16", "pallas_tpu") == "plain"
+    with pytest.raises(UserError, match=r"model.kernel=pallas_gpu .*5000 columns.*auto"):
+        add_norm_implementation("gpu", 5000, "bfloat16", "pallas_gpu")
 
 
 @pytest.mark.parametrize("width", [256, 768])

@@ -15,11 +15,11 @@ def add_norm_by(kernel: str) -> AddNorm:
 
 
 def add_norm_implementation(platform: str, width: int, dtype: str, forced: str = "auto") -> str:
-    """The name of the implementation that serves rows of a width; as `choice.implementation`."""
-    others = dict.fromkeys(choice.IMPLEMENTATIONS, "it has no LayerNorm")
+    """The name of the implementation that serves rows of a width; an implementation without LayerNorm means the plain."""
     on_gpu = platform in ("gpu", "cuda")
     reason = add_norm.supports(width, dtype) if on_gpu else f"it runs on NVIDIA GPUs, not on {platform}"
-    return choice.choose("LayerNorm", {**others, "pallas_gpu": reason, "plain": None}, forced, platform)
+    rows = {"pallas_gpu": reason, "plain": None}
+    return choice.choose("LayerNorm", rows, forced if forced in ("auto", *rows) else "plain", platform)
 
 
 def _add_norm(
