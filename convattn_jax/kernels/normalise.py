@@ -15,7 +15,7 @@ def add_norm_by(kernel: str) -> AddNorm:
 
 
 def add_norm_implementation(platform: str, width: int, dtype: str, forced: str = "auto") -> str:
-    """The name of the implementation that serves rows of a width; an implementation without LayerNorm means the plain."""
+    """The name of the implementation that serves rows of a width; one without LayerNorm stands for the plain form."""
     on_gpu = platform in ("gpu", "cuda")
     reason = add_norm.supports(width, dtype) if on_gpu else f"it runs on NVIDIA GPUs, not on {platform}"
     rows = {"pallas_gpu": reason, "plain": None}
