@@ -12,7 +12,7 @@ from benchmarks.convolution import shifted
 from convattn_jax.config import UserError
 from convattn_jax.kernels.convolve import convolution_implementation, convolve_by
 from convattn_jax.kernels.depthwise import BACKWARD, FORWARD, depthwise_convolutions, supports
-from convattn_jax.kernels.depthwise_passes import Walk
+from convattn_jax.kernels.depthwise_program import Walk
 from convattn_jax.model.convolution import Kernel, convolve
 from convattn_jax.model.inputs import Inputs
 from convattn_jax.model.operations import PLAIN

@@ -17,7 +17,7 @@ from jax import Array
 from jaxtyping import Float, Int
 
 from convattn_jax.kernels import depthwise_passes
-from convattn_jax.kernels.depthwise_passes import Operands, Segments, Spec, Walk
+from convattn_jax.kernels.depthwise_program import Operands, Segments, Spec, Walk
 from convattn_jax.model.convolution import Kernel
 
 NO_KEY, NO_QUERY = -1, -2  # segments that meet no other

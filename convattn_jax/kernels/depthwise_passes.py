@@ -5,10 +5,7 @@ window of rows in registers, so that a row is loaded once for all taps of all co
 several segments is convolved once for each of them, the others' rows as zeros.
 """
 
-import dataclasses
-import functools
-import math
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,205 +14,17 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
 from convattn_jax.kernels import tile
-
-Leaf = Any  # an array; in a kernel its reference; in a call of Pallas its block
-Row = Array  # a value for each channel of the block, float32
-Index = Array | int
-
-
-@dataclasses.dataclass(frozen=True)
-class Walk:
-    """Channels of a program, its warps, positions of a chunk and of a program, texts (rows) of a program."""
-
-    channels: int
-    warps: int
-    chunk: int
-    run: int
-    texts: int
-
-
-@dataclasses.dataclass(frozen=True)
-class Spec:
-    """Everything static about a pass; a radius and whether gelu follows, for each convolution."""
-
-    length: int
-    channels: int
-    radii: tuple[int, ...]
-    activations: tuple[bool, ...]
-    walk: Walk
-    interpret: bool
-
-    @property
-    def reach(self) -> int:
-        """The widest radius."""
-        return max(self.radii)
-
-    @property
-    def blocks(self) -> int:
-        """Blocks of channels."""
-        return -(-self.channels // self.walk.channels)
-
-    @property
-    def chunks(self) -> int:
-        """Chunks of a text."""
-        return -(-self.length // self.walk.chunk)
-
-    @property
-    def runs(self) -> int:
-        """Runs of a text."""
-        return -(-self.length // self.walk.run)
-
-    @property
-    def whole_chunks(self) -> bool:
-        """Whether no chunk goes beyond the end."""
-        return self.length % self.walk.chunk == 0
-
-
-class Segments(NamedTuple):
-    """Which segment each position belongs to, as one pass reads it; N chunks of U positions, n the widest radius."""
-
-    queries: Leaf  # (B, N U) int32
-    keys: Leaf  # (B, N U + 2n) int32, from position -n on; negative where nobody reaches
-    distinct: Leaf  # (B, N U) int32: the distinct segments of each chunk's queries, as many as `counts` says
-    counts: Leaf  # (B, N) int32
-
-
-class Operands(NamedTuple):
-    """What both passes read; in the calls D of taps and biases is rounded up to whole blocks of channels."""
-
-    x: Leaf  # (B, T, D)
-    taps: tuple[Leaf, ...]  # (W, D) float32
-    biases: tuple[Leaf, ...]  # (1, D) float32
-
-
-# --- inside a program ------------------------------------------------------------------------------------------------
-
-
-@dataclasses.dataclass(frozen=True)
-class Program:
-    """What every part of a kernel's body needs: the spec, and which channels of the block exist (None: all)."""
-
-    spec: Spec
-    exists: Array | None
-
-    @staticmethod
-    def of(spec: Spec) -> "Program":
-        """The running program."""
-        size = spec.walk.channels
-        if spec.channels % size == 0:
-            return Program(spec, None)
-        return Program(spec, pl.program_id(1) * size + lax.iota(jnp.int32, size) < spec.channels)
-
-    @property
-    def zero(self) -> Row:
-        """A row of zeros."""
-        return jnp.zeros((self.spec.walk.channels,), jnp.float32)
-
-    def load(self, ref, text: Array, place: Array) -> Row:
-        """The row of a position."""
-        row = ref.at[text, place, pl.ds(0, self.spec.walk.channels)]
-        return (row[...] if self.exists is None else plgpu.load(row, mask=self.exists, other=0)).astype(jnp.float32)
-
-    def store(self, ref, text: Array, place: Array, row: Row, where: Array | None) -> None:
-        """Writes the row of a position, if `where` holds."""
-        mask = self.exists
-        if where is not None:
-            where = jnp.broadcast_to(where, row.shape)
-            mask = where if mask is None else where & mask
-        plgpu.store(ref.at[text, place, pl.ds(0, row.shape[0])], row.astype(ref.dtype), mask=mask)
-
-    def fma(self, a: Row, b: Row, c: Row) -> Row:
-        """a * b + c, rounded once."""
-        return a * b + c if self.spec.interpret else tile.instruction("fma.rn.f32 $0, $1, $2, $3;", a, b, c)
-
-    def add_products(self, total: Row, pairs: list[tuple[Row, Row]]) -> Row:
-        """total + the sum of a * b over the pairs, in their order, each step rounded once.
-
-        On the machine one block of instructions: the compiler takes minutes over hundreds of separate operations.
-        """
-        if self.spec.interpret:
-            return functools.reduce(lambda total, pair: total + pair[0] * pair[1], pairs, total)
-        args = [total, *(row for pair in pairs for row in pair)]
-        lines = ["mov.f32 $0, $1;", *(f"fma.rn.f32 $0, ${2 * i + 2}, ${2 * i + 3}, $0;" for i in range(len(pairs)))]
-        return tile.instruction("\n".join(lines), *args)
-
-    def gelu(self, x: Row) -> tuple[Row, Row]:
-        """x Phi(x) and its derivative Phi(x) + x exp(-x^2 / 2) / sqrt(2 pi), Phi within 8e-8."""
-        constant = functools.partial(jnp.full_like, x)
-        bell, t = x * (x * (-0.5 * tile.LOG2E)), self.fma(jnp.abs(x), constant(ERFC_SCALE * 0.5**0.5), constant(1.0))
-        if self.spec.interpret:
-            bell, t = jnp.exp2(bell), 1 / t
-        else:
-            bell = tile.instruction("ex2.approx.ftz.f32 $0, $1;", bell)
-            t = tile.instruction("rcp.approx.ftz.f32 $0, $1;", t)
-        polynomial, *coefficients = (constant(0.5 * coefficient) for coefficient in ERFC)
-        for coefficient in coefficients:
-            polynomial = self.fma(polynomial, t, coefficient)
-        tail = polynomial * (t * bell)
-        below = jnp.where(x < 0, tail, 1 - tail)
-        return x * below, self.fma(x * (2 * math.pi) ** -0.5, bell, below)
-
-
-ERFC = (1.061405429, -1.453152027, 1.421413741, -0.284496736, 0.254829592)  # Abramowitz & Stegun 1964, 7.1.26
-ERFC_SCALE = 0.3275911
-
-
-def _only(condition: Array, row: Row) -> Row:
-    return jnp.where(condition, row, jnp.zeros_like(row))
-
-
-class Chunk(NamedTuple):
-    """The rows of a chunk's positions and of `reach` more on either side, and whose they are."""
-
-    text: Array
-    start: Array
-    window: list[Row]  # beyond the ends, any row there is
-    keys: list[Array]  # the segment of each row of the window
-    queries: list[Array]  # the segment of each position
-    distinct: Leaf
-    several: Array  # how many those are
-
-    def segment(self, g: Array) -> Array:
-        """The g-th of the chunk's distinct segments."""
-        return self.distinct[self.text, self.start + g]
-
-
-def load_chunk(at: Program, x_ref, segments: Segments, text: Array, number: Array) -> Chunk:
-    """The chunk of that number."""
-    spec, size = at.spec, at.spec.walk.chunk
-    start, steps = number * size, range(size + 2 * spec.reach)
-    places = [jnp.clip(start + step - spec.reach, 0, spec.length - 1) for step in steps]
-    return Chunk(
-        text,
-        start,
-        window=[at.load(x_ref, text, place) for place in places],
-        keys=[segments.keys[text, start + step] for step in steps],
-        queries=[segments.queries[text, start + step] for step in range(size)],
-        distinct=segments.distinct,
-        several=segments.counts[text, number],
-    )
-
-
-def convolved(at: Program, refs: Operands, chunk: Chunk) -> list[list[Row]]:
-    """For each convolution, its value at each position of the chunk, the bias included."""
-    spec, size = at.spec, at.spec.walk.chunk
-    biases = [bias[0, :] for bias in refs.biases]
-
-    def of_segment(g: Array, sums: list[list[Row]]) -> list[list[Row]]:
-        segment = chunk.segment(g)
-        seen = [_only(key == segment, row) for key, row in zip(chunk.keys, chunk.window, strict=True)]
-        mine = [query == segment for query in chunk.queries]
-        results = []
-        for radius, taps, bias, before in zip(spec.radii, refs.taps, biases, sums, strict=True):
-            rows, weights = seen[spec.reach - radius :], [taps[tap, :] for tap in range(2 * radius + 1)]
-            totals = [at.add_products(bias, list(zip(rows[u:], weights, strict=False))) for u in range(size)]
-            results.append([jnp.where(m, new, old) for m, new, old in zip(mine, totals, before, strict=True)])
-        return results
-
-    return lax.fori_loop(0, chunk.several, of_segment, [[bias] * size for bias in biases])
-
-
-# --- calls -----------------------------------------------------------------------------------------------------------
+from convattn_jax.kernels.depthwise_program import (
+    Chunk,
+    Operands,
+    Program,
+    Row,
+    Segments,
+    Spec,
+    convolved,
+    load_chunk,
+    only,
+)
 
 
 def _specs(spec: Spec, operands: Operands, segments: Segments) -> tuple[Any, Operands, Segments]:
@@ -368,7 +177,7 @@ def _d_sums(at: Program, chunk: Chunk, d_out_ref, slope_ref) -> list[Row]:
         row = at.load(d_out_ref, chunk.text, inside)
         if slope_ref is not None:
             row *= at.load(slope_ref, chunk.text, inside)
-        rows.append(row if spec.whole_chunks else _only(place < spec.length, row))
+        rows.append(row if spec.whole_chunks else only(place < spec.length, row))
     return rows
 
 
@@ -376,7 +185,7 @@ def _chunk_gradient(at: Program, refs: Operands, chunk: Chunk, d_sums: list[list
     """Adds a chunk's gradient to that of the rows it reaches and, if its run owns it, to the sums of taps and bias."""
     spec = at.spec
     sums = [
-        [*taps, sum(rows if own is None else [_only(own, row) for row in rows], bias)]
+        [*taps, sum(rows if own is None else [only(own, row) for row in rows], bias)]
         for (*taps, bias), rows in zip(sums, d_sums, strict=True)
     ]
 
@@ -384,11 +193,11 @@ def _chunk_gradient(at: Program, refs: Operands, chunk: Chunk, d_sums: list[list
         rows, sums = carry
         segment = chunk.segment(g)
         same = [key == segment for key in chunk.keys]
-        seen = [_only(s if own is None else s & own, row) for s, row in zip(same, chunk.window, strict=True)]
+        seen = [only(s if own is None else s & own, row) for s, row in zip(same, chunk.window, strict=True)]
         to_rows: list[list[tuple[Row, Row]]] = [[] for _ in rows]
         new_sums = []
         for radius, taps, d_sum, (*totals, bias) in zip(spec.radii, refs.taps, d_sums, sums, strict=True):
-            mine = [_only(query == segment, row) for query, row in zip(chunk.queries, d_sum, strict=True)]
+            mine = [only(query == segment, row) for query, row in zip(chunk.queries, d_sum, strict=True)]
             for tap in range(2 * radius + 1):
                 first, weight = spec.reach - radius + tap, taps[tap, :]
                 totals[tap] = at.add_products(totals[tap], list(zip(seen[first:], mine, strict=False)))
@@ -396,6 +205,6 @@ def _chunk_gradient(at: Program, refs: Operands, chunk: Chunk, d_sums: list[list
                     to_rows[first + u].append((weight, row))
             new_sums.append([*totals, bias])
         added = [at.add_products(at.zero, pairs) for pairs in to_rows]
-        return [old + _only(s, new) for s, old, new in zip(same, rows, added, strict=True)], new_sums
+        return [old + only(s, new) for s, old, new in zip(same, rows, added, strict=True)], new_sums
 
     return lax.fori_loop(0, chunk.several, of_segment, (rows, sums))
