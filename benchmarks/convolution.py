@@ -22,8 +22,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from benchmarks.attention import Contender, measure
+from benchmarks.attention_problem import Contender, measure
 from convattn_jax.kernels.depthwise import BACKWARD, FORWARD, depthwise_convolutions
+from convattn_jax.kernels.depthwise_program import Walk
 from convattn_jax.model import convolution
 from convattn_jax.model.convolution import Convolve, Kernel
 from convattn_jax.model.inputs import Inputs
@@ -194,7 +195,7 @@ def candidates() -> dict[str, Callable[[Problem], Contender]]:
     built = {}
     for name, walks in WALKS.items():
         for sizes in walks:
-            walk = type(FORWARD)(*sizes)
+            walk = Walk(*sizes)
             form = functools.partial(by_kernel, **{**usual, name: walk})
             built[f"{name} {sizes}"] = functools.partial(contender, form, pointwise=False)
     return built

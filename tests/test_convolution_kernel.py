@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from benchmarks.convolution import shifted
+from benchmarks.convolution import WALKS, shifted
 from convattn_jax.config import UserError
 from convattn_jax.kernels.convolve import convolution_implementation, convolve_by
 from convattn_jax.kernels.depthwise import BACKWARD, FORWARD, depthwise_convolutions, supports
@@ -138,8 +138,8 @@ def test_it_lowers_for_gpus_as_it_walks_by_default(dtype):
     assert text.count("call @__gpu$xla.gpu.triton") + text.count('custom_call @"__gpu$xla.gpu.triton"') == 2
 
 
-def test_the_usual_walks_fit_together():
-    for walk in (FORWARD, BACKWARD):
+def test_the_usual_walks_and_those_the_benchmark_tries_fit_together():
+    for walk in (FORWARD, BACKWARD, *(Walk(*sizes) for walks in WALKS.values() for sizes in walks)):
         assert walk.run % walk.chunk == 0
         assert walk.channels & (walk.channels - 1) == 0
 
