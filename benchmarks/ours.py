@@ -82,15 +82,20 @@ def rows_by_layout(suite: Suite) -> dict[str, np.ndarray]:
 
 
 def steppers(
-    specs: dict[str, Spec], assignments: Sequence[str], suite: Suite, leave_out: Callable[[str, Exception], None]
+    specs: dict[str, Spec],
+    assignments: Sequence[str],
+    suite: Suite,
+    leave_out: Callable[[str, Exception], None],
+    before_compiling: Callable[[], Any] = lambda: None,
 ) -> dict[str, Stepper]:
-    """Contenders, compiled side by side; one that fails is handed to leave_out(name, error)."""
+    """Contenders, traced and then compiled side by side; one that fails is handed to leave_out(name, error)."""
     lowered, made, rows = {}, {}, rows_by_layout(suite)
     for name, spec in specs.items():
         try:
             lowered[name] = _lower(spec, assignments, rows, suite.vocabulary)
         except Exception as error:
             leave_out(name, error)
+    before_compiling()
     with ThreadPoolExecutor(8) as pool:
         futures = {name: [pool.submit(part.compile) for part in parts[:2]] for name, parts in lowered.items()}
     for name, (start, step) in futures.items():

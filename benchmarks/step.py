@@ -19,7 +19,8 @@ import pathlib
 import re
 import statistics
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from benchmarks.suites import HEADS, SUITES, Ratio, Spec, Suite
@@ -34,6 +35,7 @@ def main() -> None:
     parser.add_argument("--suite", default="demo", help=f"by commas: {', '.join(SUITES)}")
     parser.add_argument("--configs", help="instead: comma-separated FILE[:SIZE][@KEY=VALUE...], transformers:SIZE")
     parser.add_argument("--only", default="", help="rows of a suite whose names hold one of these words, by commas")
+    parser.add_argument("--skip", default="", help="but not those whose names hold one of these")
     parser.add_argument("--authors", default="", metavar="PATH", help="a checkout of the paper's PyTorch code")
     parser.add_argument("--batch", type=int, help="rows per step")
     parser.add_argument("--length", type=int, help="tokens per row")
@@ -72,7 +74,9 @@ def chosen(args: argparse.Namespace, suite: Suite | None) -> Suite:
     if suite is None:
         suite = dataclasses.replace(SUITES["demo"], rows={spec: spec for spec in args.configs.split(",")}, ratios=())
     words = args.only.split(",")
+    skipped = [word for word in args.skip.split(",") if word]
     rows = {name: spec for name, spec in suite.rows.items() if any(word in name for word in words)}
+    rows = {name: spec for name, spec in rows.items() if not any(word in name for word in skipped)}
     shape = {name: getattr(args, name) for name in ("batch", "length", "vocabulary") if getattr(args, name)}
     return dataclasses.replace(suite, rows=rows, **shape)
 
@@ -84,52 +88,59 @@ def measure(suite: Suite, args: argparse.Namespace) -> tuple[dict[str, list[floa
     from benchmarks import ours, peers
 
     specs = {name: Spec.parse(text) for name, text in suite.rows.items()}
-    own = ours.steppers({n: s for n, s in specs.items() if not s.peer}, args.set, suite, leave_out)
     padded = ours.rows_by_layout(suite)["pairs"]
-    runs = {name: stepper.run for name, stepper in own.items()}
-    facts: dict[str, Any] = {
+    saved = peers.save_rows(padded)
+    started: dict[str, peers.Peer] = {}
+
+    def start_peers() -> None:
+        for name, spec in specs.items():
+            if spec.peer and (spec.peer != "authors" or args.authors):
+                try:
+                    started[name] = peers.Peer(peer_config(spec, suite, args, saved))
+                    print(f"{name}: {started[name].facts}", file=sys.stderr, flush=True)
+                except peers.LeftOutError as error:
+                    leave_out(name, error)
+
+    try:
+        # peers compile while ours are traced, and are done before ours compile: compilers of both time kernels
+        with ThreadPoolExecutor(1) as background:
+            ready = background.submit(start_peers)
+            mine = {name: spec for name, spec in specs.items() if not spec.peer}
+            own = ours.steppers(mine, args.set, suite, leave_out, ready.result)
+        runs = {name: stepper.run for name, stepper in own.items()} | {n: peer.run for n, peer in started.items()}
+        if jax.default_backend() != "cpu":
+            runs[MATRIX] = ours.matrix_product(MATRIX_SIZE)
+        times = take_turns(runs, args.steps, args.turns)
+    finally:
+        for peer in started.values():
+            peer.close()
+        os.remove(saved)
+    tokens = {n: s.tokens for n, s in own.items()} | dict.fromkeys(started, ours.tokens_of(padded))
+    return times, {
         "device": f"{jax.devices()[0].device_kind}, JAX {jax.__version__}",
         "arithmetic": {name: stepper.arithmetic for name, stepper in own.items()},
         "temporary_bytes": {name: stepper.temporary_bytes for name, stepper in own.items()},
-        "tokens": {name: stepper.tokens for name, stepper in own.items()},
-        "peers": {},
+        "tokens": {n: statistics.fmean(t[i % len(t)] for i in range(args.steps)) for n, t in tokens.items()},
+        "peers": {name: peer.facts for name, peer in started.items()},
     }
-    if jax.default_backend() != "cpu":
-        runs[MATRIX] = ours.matrix_product(MATRIX_SIZE)
-    started: list[peers.Peer] = []
-    saved = peers.save_rows(padded)
-    try:
-        for name, spec in specs.items():
-            if not spec.peer or (spec.peer == "authors" and not args.authors):
+
+
+def take_turns(runs: Mapping[str, Callable[[int], float]], steps: int, turns: int) -> dict[str, list[float]]:
+    """Seconds a step of every contender in every turn; who fails once, for want of memory say, has no row."""
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    for turn in range(turns + 1):
+        for name, run in runs.items():
+            if name not in times:
                 continue
             try:
-                peer = peers.Peer(peer_config(spec, suite, args, saved))
-            except peers.LeftOutError as error:
-                leave_out(name, error)
-                continue
-            started.append(peer)
-            runs[name], facts["peers"][name] = peer.run, peer.facts
-            facts["tokens"][name] = ours.tokens_of(padded)
-            print(f"{name}: {peer.facts}", file=sys.stderr)
-        for name, run in list(runs.items()):
-            try:
-                run(2)
+                run(1)  # so that nobody pays for whoever ran before
+                times[name].append(run(steps) / steps)
             except Exception as error:
                 leave_out(name, error)
-                del runs[name]
-        times: dict[str, list[float]] = {name: [] for name in runs}
-        for _ in range(args.turns):
-            for name, run in runs.items():
-                run(1)  # so that nobody pays for whoever ran before
-                times[name].append(run(args.steps) / args.steps)
-    finally:
-        for peer in started:
-            peer.close()
-        os.remove(saved)
-    facts["tokens"] = {
-        n: statistics.fmean(t[i % len(t)] for i in range(args.steps)) for n, t in facts["tokens"].items()
-    }
-    return times, facts
+                del times[name]
+        if turn == 0:  # to get warm
+            times = {name: [] for name in times}
+    return times
 
 
 def leave_out(name: str, error: Exception) -> None:

@@ -57,6 +57,24 @@ def test_ratios_take_the_fastest_of_each_side_and_skip_sides_without_anyone():
     assert step.quotient(Ratio("", ("b",), ("gone",)), seconds, tokens) is None
 
 
+def test_contenders_take_turns_and_one_that_fails_has_no_row(capsys):
+    order = []
+
+    def runner(name, seconds):
+        def run(steps):
+            order.append((name, steps))
+            if name == "dies" and len(order) > 10:
+                raise RuntimeError("no memory left")
+            return seconds * steps
+
+        return run
+
+    times = step.take_turns({name: runner(name, x) for name, x in (("a", 0.5), ("dies", 1.0), ("b", 2.0))}, 3, 2)
+    assert times == {"a": [0.5, 0.5], "b": [2.0, 2.0]}
+    assert order[:6] == [("a", 1), ("a", 3), ("dies", 1), ("dies", 3), ("b", 1), ("b", 3)]
+    assert "dies: left out, RuntimeError: no memory left" in capsys.readouterr().err
+
+
 def test_the_report_holds_every_contender_and_ratio(tmp_path):
     rows = {COMPOSITE: "configs/composite.py", PLAIN: "configs/no_positions.py", HF: "transformers:tiny"}
     suite = Suite(2, 8, 64, rows, (Ratio("composite / plain", (COMPOSITE,), (PLAIN,)), Ratio("none", ("x",), (HF,))))
