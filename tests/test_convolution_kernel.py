@@ -89,16 +89,13 @@ def test_the_benchmark_times_a_hand_written_gradient_that_is_right():
     assert_close(with_gradients(shifted, *case), with_gradients(convolve, *case), 1e-6)
 
 
-def test_bfloat16_is_as_good_as_the_plain_form_in_bfloat16():
-    case = draw(11, 12, dtype="bfloat16")
-    ours, plain = (with_gradients(form, *case) for form in (kernel, convolve))
-    x, kernels, g, inputs = case
+def test_in_bfloat16_only_what_is_stored_is_rounded():
+    x, kernels, g, inputs = draw(11, 12, dtype="bfloat16")
+    ours = with_gradients(kernel, x, kernels, g, inputs)
     exact = with_gradients(convolve, x.astype("float32"), kernels, tuple(y.astype("float32") for y in g), inputs)
-    assert [leaf.dtype for leaf in jax.tree.leaves(ours)] == [leaf.dtype for leaf in jax.tree.leaves(plain)]
-    for mine, theirs, true in zip(*map(jax.tree.leaves, (ours, plain, exact)), strict=True):
-        norm = np.linalg.norm(true)
-        error, plain_error = (np.linalg.norm(np.asarray(x, np.float32) - true) / norm for x in (mine, theirs))
-        assert error <= max(1.05 * plain_error, 4e-3)  # bfloat16 rounds to 2**-9
+    types = [[leaf.dtype.name for leaf in jax.tree.leaves(part)] for part in (ours[0], ours[1])]
+    assert types == [["bfloat16"] * 2, ["bfloat16"] + ["float32"] * 4]
+    assert_close(ours, exact, 3e-3)  # the plain form sums in bfloat16: 5e-3 to 1e-2
 
 
 def test_a_second_run_gives_the_same_bits():
