@@ -95,7 +95,9 @@ def test_in_bfloat16_only_what_is_stored_is_rounded():
     exact = with_gradients(convolve, x.astype("float32"), kernels, tuple(y.astype("float32") for y in g), inputs)
     types = [[leaf.dtype.name for leaf in jax.tree.leaves(part)] for part in (ours[0], ours[1])]
     assert types == [["bfloat16"] * 2, ["bfloat16"] + ["float32"] * 4]
-    assert_close(ours, exact, 3e-3)  # the plain form sums in bfloat16: 5e-3 to 1e-2
+    assert_close(ours[0], exact[0], 2e-3)  # one rounding; the plain form: 4e-3
+    assert_close(ours[1], exact[1], 3e-3)  # gelu's derivative and the result; the plain form: 7e-3
+    assert_close(ours[1][1][1], exact[1][1][1], 1e-5)  # taps without gelu: none
 
 
 def test_a_second_run_gives_the_same_bits():
