@@ -10,15 +10,19 @@ import dataclasses
 import hashlib
 import json
 import os
+import pathlib
+import shutil
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
+import jax
 import orbax.checkpoint as ocp
 from etils import epath
 
 from convattn_jax import distributed
 from convattn_jax.config import UserError, check
+from convattn_jax.console import human
 from convattn_jax.train import TrainState
 
 MANIFEST = "manifest.json"
@@ -73,7 +77,7 @@ class Checkpoints:
         )
         try:
             self._orbax.save(self._path(step), args=items, force=True)  # in place of a damaged one, if there is any
-        except OSError as error:
+        except (OSError, ValueError) as error:  # the second is TensorStore's
             raise unwritten(self._folder, error) from error
         loss = (metrics or {}).get(BEST)
         self._finishing = threading.Thread(target=self._finish, args=(step, loss, notes), daemon=True)
@@ -107,11 +111,14 @@ class Checkpoints:
         try:
             self.wait()
         finally:
-            self._orbax.close()
+            try:
+                self._orbax.close()
+            except (OSError, ValueError) as error:  # tells of a save that failed once more
+                raise unwritten(self._folder, error) from error
 
     def restore(self, like: TrainState, report: Callable[[str], None] = lambda line: None) -> Saved | None:
         """The newest whole state, in the shapes and shardings of `like`; damaged ones are reported and passed over."""
-        step = distributed.from_first(lambda: newest_whole(self._folder, report))
+        step = distributed.from_first(lambda: self._cleared(report))
         if step is None:
             if steps_of(self._folder):
                 report("no checkpoint is whole: training starts from the beginning")
@@ -125,13 +132,33 @@ class Checkpoints:
         state = TrainState(step=rest["step"], params=restored["params"], opt_state=rest["opt_state"])
         return Saved(state, notes(self._folder, step))
 
+    def _cleared(self, report: Callable[[str], None]) -> int | None:
+        """The newest whole step, once what a killed process was writing is gone: it takes the room of the next one."""
+        for path in self._folder.glob(f"*{UNFINISHED}*") if self._folder.exists() else ():
+            path.rmtree()
+        return newest_whole(self._folder, report)
+
+    def check_room(self, like: TrainState) -> None:
+        """Raises a `UserError` where the disk can't hold the checkpoints that a run keeps, the best and the next."""
+        if "://" in str(self._folder):
+            return
+        self._folder.mkdir(parents=True, exist_ok=True)
+        size = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(like))
+        taken = sum(path.stat().st_size for path in pathlib.Path(self._folder).rglob("*") if path.is_file())
+        needed, free = (self._keep + 2) * size - taken, shutil.disk_usage(self._folder).free
+        check(
+            free >= needed,
+            f"--workdir: {self._folder} has room for {human(free)}B, and {self._keep + 2} checkpoints of "
+            f"{human(size)}B need {human(needed)}B more: make room there, lower checkpoint.keep, or choose another",
+        )
+
     def _path(self, step: int) -> epath.Path:
         return (self._folder / str(step)).absolute()  # Orbax takes no other
 
 
 def unwritten(folder: epath.Path, failure: BaseException) -> UserError:
     """What to tell of a save that failed."""
-    text = " ".join(str(failure).split()) or type(failure).__name__
+    text = (" ".join(str(failure).split()) or type(failure).__name__)[:300]  # TensorStore says it at great length
     return UserError(f"--workdir: no checkpoint could be written to {folder} ({text}): make room there")
 
 

@@ -1,6 +1,7 @@
 """python -m convattn_jax.main --config=configs/composite.py: flags -> configuration -> the task; nothing else."""
 
 import contextlib
+import errno
 import importlib
 import os
 import signal
@@ -12,6 +13,7 @@ from typing import Any
 from convattn_jax.config import Interrupted, UserError, check_choice, parse
 
 TASKS = {"pretrain": "convattn_jax.pretrain", "finetune": "convattn_jax.finetune"}
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 HELP = """usage: python -m convattn_jax.main --config=FILE[:SIZE] [--workdir=DIR] [--config.KEY=VALUE ...]
 
   --config=configs/composite.py         what to train; SIZE is tiny (default), small or base
@@ -50,6 +52,13 @@ def main(argv: Sequence[str] | None = None) -> None:
             module.run(command.config, command.workdir)
     except UserError as error:
         sys.exit(_line(error))
+    except OSError as error:
+        if error.errno not in FULL:
+            raise
+        where = f" ({error.filename})" if error.filename else ""
+        sys.exit(
+            _line(UserError(f"--workdir: {error.strerror}{where}: make room; the same command goes on from there"))
+        )
     except Interrupted as stopped:  # whole and resumable, as asked for: status 0
         print(stopped, file=sys.stderr)
     except KeyboardInterrupt:

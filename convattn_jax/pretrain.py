@@ -180,6 +180,8 @@ class _Run:
             contextlib.closing(checkpoint.Checkpoints(self.folder.checkpoints, self.c.checkpoint.keep)) as checkpoints,
         ):
             saved = checkpoints.restore(self.like, self.console.message)
+            with distributed.together():
+                checkpoints.check_room(self.like)
             if saved is None:
                 saved = checkpoint.Saved(self.init(jax.random.key(self.c.seed)), {})
             elif int(saved.state.step) < steps:

@@ -1,8 +1,11 @@
 """What is saved comes back; what is damaged is found, reported and passed over; the newest and the best are kept."""
 
+import contextlib
 import os
 import pathlib
+import resource
 import shutil
+import types
 
 import jax
 import jax.numpy as jnp
@@ -160,6 +163,62 @@ def test_the_checkpoint_before_stays_until_the_next_is_whole(tmp_path, monkeypat
     with pytest.raises(UserError, match=r"no checkpoint could be written.*No space left"):
         save(tmp_path, {2: None}, keep=1)
     assert newest_whole(tmp_path) == 1
+
+
+@contextlib.contextmanager
+def disk_full_after(size):
+    """No file can grow beyond `size` bytes: the kernel refuses, as it does on a full disk."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # what Orbax leaves behind
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_disk_that_is_full_at_any_byte_leaves_the_last_good_step(saved, tmp_path):
+    largest = max(path.stat().st_size for path in files(saved / "2"))
+    for size in (0, 1, 100, 400, largest // 2, largest - 1):
+        folder = shutil.copytree(saved, epath.Path(tmp_path) / f"full{size}")
+        with disk_full_after(size), pytest.raises(UserError, match=r"no checkpoint could be written to .*: make room"):
+            save(folder, {3: None}, keep=1)
+        restored, lines = restore(folder)
+        assert_same(restored, state(2))
+        assert all("checkpoint 3 is damaged" in line for line in lines)
+        assert not list(folder.glob("*tmp*"))
+        save(folder, {3: None}, keep=1)
+        assert_same(restore(folder)[0], state(3))
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_failed_save_is_told_without_waiting_for_the_next(folder):
+    checkpoints = Checkpoints(folder, 1)
+    with disk_full_after(1), contextlib.suppress(UserError):
+        checkpoints.save(state(3))
+        checkpoints._finishing.join()
+        with pytest.raises(UserError, match="no checkpoint could be written"):
+            checkpoints.check()
+    with contextlib.suppress(UserError):  # Orbax may tell of it once more
+        checkpoints.close()
+
+
+def test_room_is_checked_before_it_is_needed(folder, monkeypatch):
+    checkpoints = Checkpoints(folder, keep=2)
+    size = sum(leaf.nbytes for leaf in jax.tree.leaves(state(1)))
+    taken = sum(path.stat().st_size for path in files(folder))
+    for free, enough in ((4 * size - taken, True), (4 * size - taken - 1, False)):
+        monkeypatch.setattr(shutil, "disk_usage", lambda path, free=free: types.SimpleNamespace(free=free))
+        if enough:
+            checkpoints.check_room(like())
+        else:
+            with pytest.raises(
+                UserError, match=r"4 checkpoints of .*B need .*B more: make room there, lower checkpoint"
+            ):
+                checkpoints.check_room(like())
+    checkpoints.close()
 
 
 def test_saving_clears_away_what_a_killed_process_left_and_nothing_else(folder):

@@ -115,6 +115,22 @@ def test_a_run_folder_is_of_one_configuration_and_one_tokenizer(home, capsys, mo
     assert "tokenizer.model is not the tokenizer of this run: restore it" in error_of([CONFIG, RUN], capsys)
 
 
+def test_a_full_disk_is_one_line_and_another_failure_is_not_hidden(home, capsys, monkeypatch):
+    def full(run):
+        raise OSError(28, "No space left on device", "runs/test/metrics.jsonl")
+
+    monkeypatch.setattr("convattn_jax.pretrain._Run.complete", full)
+    said = error_of([CONFIG, RUN], capsys)
+    assert said.startswith("error: --workdir: No space left on device (runs/test/metrics.jsonl): make room")
+
+    def broken(run):
+        raise OSError(22, "Invalid argument")
+
+    monkeypatch.setattr("convattn_jax.pretrain._Run.complete", broken)
+    with pytest.raises(OSError, match="Invalid"):
+        main.main(["main", CONFIG, RUN])
+
+
 def command(*args):
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     return subprocess.run(
