@@ -89,7 +89,7 @@ def _paper() -> ConfigDict:
     model.vocab_multiple = 128  # the embedding has this multiple of rows; the surplus is never predicted
     model.output_bias = "zeros"  # start of the MLM output bias: zeros | unigram (log-frequencies of the corpus)
     model.dtype = "bfloat16"  # of activations and products: float32 | bfloat16; parameters stay float32
-    model.kernel = "auto"  # attention and depthwise convolutions: auto (fused where it serves) | pallas_gpu | plain
+    model.kernel = "auto"  # attention, convolutions: auto (fused where it serves) | pallas_gpu | pallas_tpu | plain
     model.loop = "unroll"  # over layers: unroll (faster steps) | scan (faster compilation); equal results
     model.remat = False  # recompute each layer in the backward pass: less memory, about a third more time
 

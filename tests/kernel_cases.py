@@ -87,7 +87,7 @@ def check_against_float64(kernel, T, taps=TAPS, tolerance=1e-5, dtype="float32",
     """Output and gradients of `kernel`, which agree with those of the definition."""
     rows, learned, g = draw(T, K, W, taps, dtype=dtype)
     ours = with_gradients(kernel, rows, learned, g, **options)
-    with jax.enable_x64(True):
+    with jax.enable_x64(True), jax.default_device(jax.devices("cpu")[0]):
         wide = jax.tree.map(lambda x: jnp.asarray(np.asarray(x, np.float64)), (rows, learned, g))
         exact = with_gradients(plain, *wide, **options)
     assert_close(ours, exact, tolerance)

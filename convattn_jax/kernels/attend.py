@@ -1,11 +1,11 @@
 """`model.attention.attend` by the implementation that serves a call best."""
 
 import functools
+from collections.abc import Callable
 
 from jax import Array
 
 from convattn_jax.kernels.choice import Call, default_platform, implementation
-from convattn_jax.kernels.composite import composite_attention
 from convattn_jax.model import attention
 from convattn_jax.model.score import Score
 
@@ -38,9 +38,10 @@ def _attend(
         dense=score.dense is not None,
         radius=max((part.shape[-1] // 2 for part in taps), default=0),
     )
-    if implementation(call, kernel) == "plain":
+    name = implementation(call, kernel)
+    if name == "plain":
         return attention.attend(q, k, v, score, query_segments, key_segments, dropout_rate, seed, rows, heads)
-    return composite_attention(
+    return _fused(name)(
         q,
         k,
         v,
@@ -55,3 +56,12 @@ def _attend(
         rows=rows,
         heads=heads,
     )
+
+
+def _fused(name: str) -> Callable[..., Array]:
+    """The kernel's code is loaded where it serves, and no other's."""
+    if name == "pallas_tpu":
+        from convattn_jax.kernels.tpu import composite_attention
+    else:
+        from convattn_jax.kernels.composite import composite_attention
+    return composite_attention

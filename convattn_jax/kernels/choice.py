@@ -18,7 +18,7 @@ MAX_RADIUS = 64  # each query carries 2n numbers through the kernel: wide kernel
 class Call(NamedTuple):
     """What the choice depends on."""
 
-    platform: str  # "gpu", "tpu" or "cpu"
+    platform: str  # "gpu", "tpu", "cpu", or an old TPU, as "tpu v4"
     length: int
     keys: int
     head_size: int
@@ -27,9 +27,15 @@ class Call(NamedTuple):
     radius: int  # of the widest taps
 
 
-def _gpu(call: Call) -> str | None:
-    if call.platform not in ("gpu", "cuda"):
-        return f"it runs on NVIDIA GPUs, not on {call.platform}"
+PLATFORMS = {"pallas_gpu": ("gpu", "cuda"), "pallas_tpu": ("tpu",)}
+MACHINES = {"pallas_gpu": "NVIDIA GPUs", "pallas_tpu": "TPUs from v5 on"}  # older ones have no strided roll
+OLD_TPUS = ("TPU v2", "TPU v3", "TPU v4")
+
+
+def _fused(name: str, call: Call) -> str | None:
+    """Why a fused kernel can't serve a call."""
+    if call.platform not in PLATFORMS[name]:
+        return f"it runs on {MACHINES[name]}, not on {call.platform}"
     if call.dense:
         return "the score holds a bias that isn't made of taps"
     if call.radius > MAX_RADIUS:
@@ -39,7 +45,8 @@ def _gpu(call: Call) -> str | None:
 
 # name -> the reason why it can't serve a call, None when it can; the first that can does
 IMPLEMENTATIONS: dict[str, Callable[[Call], str | None]] = {
-    "pallas_gpu": _gpu,
+    "pallas_gpu": functools.partial(_fused, "pallas_gpu"),
+    "pallas_tpu": functools.partial(_fused, "pallas_tpu"),
     "plain": lambda call: None,
 }
 
@@ -66,14 +73,15 @@ def choose(what: str, reasons: Mapping[str, str | None], forced: str, platform: 
     for name, reason in reasons.items():
         if reason is None:
             return name
-        if platform != "cpu":
+        if platform.split()[0] in PLATFORMS[name]:
             _say(f"{what} without {name}: {reason}")
     raise AssertionError("the plain form serves everything")
 
 
 def default_platform() -> str:
-    """The platform that computations run on unless said otherwise."""
-    return jax.default_backend()
+    """The platform that computations run on unless said otherwise; of old TPUs with their version."""
+    kind = jax.devices()[0].device_kind
+    return kind.lower() if kind.startswith(OLD_TPUS) else jax.default_backend()
 
 
 @functools.cache

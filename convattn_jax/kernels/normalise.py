@@ -1,10 +1,13 @@
-"""`model.layers.add_norm` by the implementation that serves a call best."""
+"""`model.layers.add_norm` by the implementation that serves a call best.
+
+The kernel's code is loaded where it serves.
+"""
 
 import functools
 
 from jax import Array
 
-from convattn_jax.kernels import add_norm, choice
+from convattn_jax.kernels import choice
 from convattn_jax.model import layers
 from convattn_jax.model.layers import AddNorm
 
@@ -16,8 +19,11 @@ def add_norm_by(kernel: str) -> AddNorm:
 
 def add_norm_implementation(platform: str, width: int, dtype: str, forced: str = "auto") -> str:
     """The name of the implementation that serves rows of a width; one without LayerNorm stands for the plain form."""
-    on_gpu = platform in ("gpu", "cuda")
-    reason = add_norm.supports(width, dtype) if on_gpu else f"it runs on NVIDIA GPUs, not on {platform}"
+    reason = f"it runs on NVIDIA GPUs, not on {platform}"
+    if platform in choice.PLATFORMS["pallas_gpu"]:
+        from convattn_jax.kernels.add_norm import supports
+
+        reason = supports(width, dtype)
     rows = {"pallas_gpu": reason, "plain": None}
     return choice.choose("LayerNorm", rows, forced if forced in ("auto", *rows) else "plain", platform)
 
@@ -33,5 +39,8 @@ def _add_norm(
     rows: Array | None = None,
 ) -> Array:
     name = add_norm_implementation(choice.default_platform(), x.shape[2], x.dtype.name, kernel)
-    function = layers.add_norm if name == "plain" else add_norm.add_norm
-    return function(x, out, scale, bias, rate, seed, rows)
+    if name == "plain":
+        return layers.add_norm(x, out, scale, bias, rate, seed, rows)
+    from convattn_jax.kernels.add_norm import add_norm
+
+    return add_norm(x, out, scale, bias, rate, seed, rows)
