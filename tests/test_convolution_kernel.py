@@ -190,6 +190,7 @@ def test_the_choice_falls_back_and_a_forced_kernel_that_cannot_run_is_an_error()
     assert convolution_implementation("gpu", (8, 8, 8), "bfloat16", "plain") == "plain"
     assert convolution_implementation("gpu", (40,), "bfloat16") == "plain"
     assert convolution_implementation("cpu", (8,), "bfloat16") == "plain"
+    assert convolution_implementation("tpu", (8,), "bfloat16", "pallas_tpu") == "plain"
     with pytest.raises(UserError, match=r"model.kernel=pallas_gpu .*40 positions.*auto"):
         convolution_implementation("gpu", (40,), "bfloat16", "pallas_gpu")
     x, kernels, _, inputs = draw(5)
