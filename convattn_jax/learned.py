@@ -16,7 +16,7 @@ from convattn_jax import taps
 from convattn_jax.data import corpus
 from convattn_jax.model.inputs import Inputs
 from convattn_jax.model.mlm import MaskedLM
-from convattn_jax.plots import Kernel
+from convattn_jax.taps import Kernel
 
 DYNAMIC = ("dynamic_query", "dynamic_key")
 SPREAD = "_spread"

@@ -9,14 +9,14 @@ import pathlib
 import textwrap
 import threading
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.colors import LinearSegmentedColormap, Normalize
 from matplotlib.figure import Figure
 
-from convattn_jax.taps import FLAT, census, centred, describe, signed
+from convattn_jax.taps import FLAT, Kernel, census, centred, describe, signed
 
 INK, SOFT, FAINT = "#1c2430", "#6a7280", "#dfe3e8"
 MORE, LESS = "#1f6fb4", "#d9601a"  # blue draws attention, orange repels it: told apart with any colour vision
@@ -29,13 +29,6 @@ NAMES = {
     "dynamic_query": "query-dynamic kernel",
     "dynamic_key": "key-dynamic kernel",
 }
-
-
-class Kernel(NamedTuple):
-    """One term's taps in logits, (layers, heads, 2n+1), at relative positions -n..n; `spread` is over tokens."""
-
-    mean: np.ndarray
-    spread: np.ndarray | None = None
 
 
 # --- the learned convolutions --------------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ import numpy as np
 from jax import Array
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from convattn_jax import checkpoint, diagnosis, distributed, events, interrupt, memory, plots, sharding, train
+from convattn_jax import checkpoint, diagnosis, distributed, events, interrupt, memory, sharding, train
 from convattn_jax.account import KINDS, Account
 from convattn_jax.config import Interrupted, check, flatten, from_config, to_plain
 from convattn_jax.console import Console, duration
@@ -31,6 +31,7 @@ from convattn_jax.objective import MaskedLanguageModelling, unigram_log_probabil
 from convattn_jax.optim import OptimizerConfig, make_optimizer, schedule
 from convattn_jax.resume import ResumeConfig
 from convattn_jax.run import RunFolder
+from convattn_jax.taps import Kernel
 from convattn_jax.train import TrainState
 from convattn_jax.watchdog import WatchdogConfig, watched
 
@@ -325,8 +326,10 @@ class _Run:
         self._show(summary)
         return summary
 
-    def _leave(self, step: int, params: Any, kernels: dict[str, plots.Kernel]) -> dict[str, Any]:
+    def _leave(self, step: int, params: Any, kernels: dict[str, Kernel]) -> dict[str, Any]:
         """Writes the pictures, and last the summary."""
+        from convattn_jax import plots  # and matplotlib, which would delay every start
+
         rows = self.folder.rows()
         final = next(row for row in reversed(rows) if "eval_loss" in row)
         speeds = [row["tokens_per_second"] for row in rows if row["tokens_per_second"] > 0]

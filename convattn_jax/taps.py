@@ -1,10 +1,18 @@
 """Reading a learned kernel: its taps without the constant that means nothing, and what it looks at, in words."""
 
 import collections
+from typing import NamedTuple
 
 import numpy as np
 
 FLAT = 0.3  # logits: attention weights that differ by less than 35 % count as equal
+
+
+class Kernel(NamedTuple):
+    """One term's taps in logits, (layers, heads, 2n+1), at relative positions -n..n; `spread` is over tokens."""
+
+    mean: np.ndarray
+    spread: np.ndarray | None = None
 
 
 def centred(taps: np.ndarray) -> np.ndarray:

@@ -157,3 +157,11 @@ def test_the_command_without_a_configuration_lists_those_there_are():
 def test_help_needs_no_configuration(capsys):
     main.main(["main", "--help"])
     assert "--config=FILE[:SIZE]" in capsys.readouterr().out
+
+
+def test_a_run_starts_without_loading_what_draws_its_pictures():
+    code = "import sys, convattn_jax.pretrain; sys.exit('matplotlib' in sys.modules)"
+    assert (
+        subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)}).returncode
+        == 0
+    )
