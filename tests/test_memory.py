@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import pytest
 import tiny
 
+from configs.glue import get_config
 from convattn_jax import finetune, main, memory, train
 from convattn_jax.config import UserError, from_config
 from convattn_jax.glue.config import GlueConfig
@@ -77,5 +78,5 @@ def test_a_run_that_does_not_fit_ends_with_one_line(tmp_path, monkeypatch, capsy
 
 
 def test_fine_tuning_names_its_own_setting():
-    glue = GlueConfig(("word_order",), "tsv", "", "electra", 0, 0, 128)
+    glue = from_config(GlueConfig, get_config().glue)
     assert re.match(r"glue.together=0: out of memory on \w+: set glue.together=1", finetune.out_of_memory(glue))
