@@ -116,11 +116,9 @@ def test_accuracy_by_distance_counts_rows_of_all_seeds(tmp_path):
 
 
 def test_glue_has_a_mean_where_all_its_tasks_are_there(tmp_path):
-    for name, results in (
-        ("a", {"rte": {"accuracy": [0.6]}, "cola": {"matthews": [0.4]}}),
-        ("b", {"rte": {"accuracy": [0.7]}}),
-    ):
-        finetuning(pretraining(tmp_path / name, 3.0), "glue", results)
+    both = {"rte": {"accuracy": [0.6]}, "cola": {"matthews": [0.4]}}
+    finetuning(pretraining(tmp_path / "a", 3.0), "glue", both)
+    finetuning(pretraining(tmp_path / "b", 3.0), "glue", {"rte": {"accuracy": [0.7]}})
     c = runs.collect([str(tmp_path)])
     found = rows(tables.overview(c))
     assert found["a"]["GLUE mean"] == "50.0"
@@ -229,9 +227,8 @@ def test_the_page_stands_alone_and_holds_every_picture(made):
     assert [path.name for path in sorted(made.glob("report.*"))] == ["report.html", "report.md"]
     seen = Page(found[0])
     assert seen.open == []
-    addresses = [
-        value for _, attributes in seen.elements for name, value in attributes.items() if name in ("src", "href")
-    ]
+    addresses = [attributes.get(name) for _, attributes in seen.elements for name in ("src", "href")]
+    addresses = [address for address in addresses if address is not None]
     assert addresses
     assert all(value.startswith(("data:image/", "#")) for value in addresses)
     assert "http:" not in found[0]
@@ -242,9 +239,8 @@ def test_the_page_stands_alone_and_holds_every_picture(made):
     assert len(images) == 2 + 4 + 1 + 3 + 3
     targets = {attributes.get("id") for _, attributes in seen.elements}
     assert {value[1:] for value in addresses if value.startswith("#")} <= targets
-    assert seen.elements.count(("button", {"type": "button"})) == sum(
-        tag == "th" and a.get("scope") == "col" for tag, a in seen.elements
-    )
+    columns = [attributes for tag, attributes in seen.elements if tag == "th" and attributes["scope"] == "col"]
+    assert seen.elements.count(("button", {"type": "button"})) == len(columns) > 20
     assert "| composite |" in found[1]
 
 
@@ -290,7 +286,7 @@ def test_a_damaged_file_counts_as_missing(copy, damaged, no_drawing):
         "attention": attention_file(run, pretend_runs.SENTENCE),
         "results": copy / "fixed-0-probes" / "results.json",
     }.get(damaged, run / damaged)
-    for content in (b"\x00\xff{[[", b"[1, 2]", b'{"step": "six", "eval_loss": Infinity, "train": 3}', b""):
+    for content in (b"\x00\xff{[[", b'{"step": "six", "eval_loss": Infinity, "train": 3}', b""):
         path.write_bytes(content)
         text = command.write([str(copy)])[0].read_text()
         assert "fixed" in text

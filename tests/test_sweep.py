@@ -11,7 +11,9 @@ import time
 import pytest
 import tiny
 
+from convattn_jax import evaluate
 from convattn_jax.config import UserError, run_file
+from convattn_jax.glue.config import SEEDS
 from convattn_jax.sweep import Finetuning, Sweep, Variant, __main__, plan, runner
 from convattn_jax.sweep.board import Board
 from convattn_jax.sweep.plan import Job, Options, Stage
@@ -58,6 +60,45 @@ def test_a_stage_is_the_command_with_the_changes_of_sweep_variant_and_command_li
     )
     assert job.steps == 9
     assert "python -m convattn_jax.main --config=" in plan.as_text(job)
+
+
+def test_a_stage_is_done_when_all_that_it_leaves_is_there(config, tmp_path, monkeypatch):
+    tasks = {"glue.tasks": ("word_order", "distance"), "glue.seeds": 2, "glue.length": 16}
+    finetuning = Finetuning("probes", str(ROOT / "configs" / "glue.py"), tasks)
+    sweep = sweep_of(config, finetunings=(finetuning,), lengths=(16, 32), sentence="a cat's")
+    (job,) = plan.jobs(sweep, tmp_path / "w", Options())
+    run, probes = tmp_path / "w" / "v0-0", tmp_path / "w" / "v0-0-probes"
+
+    def left():
+        return [stage.name for stage in job.open_stages()]
+
+    asked = []
+    monkeypatch.setattr(evaluate, "evaluate", lambda path, wanted: asked.append((path, wanted)))
+    evaluate.main(list(job.stages[1].args))
+    assert asked == [(str(run), evaluate.Wanted((16, 32), ("a cat's",)))]
+
+    (run / "checkpoints" / "6").mkdir(parents=True)
+    assert left() == ["pretrain", "evaluate", "probes"]
+    (run / "summary.json").write_text('{"step": 5}')
+    assert left() == ["pretrain", "evaluate", "probes"]
+    (run / "summary.json").write_text('{"step": 6}')
+    assert left() == ["evaluate", "probes"]
+    (run / "evaluations").mkdir()
+    for path in (evaluate.length_file(run, 16), evaluate.attention_file(run, "a cat's")):
+        path.touch()
+    assert left() == ["evaluate", "probes"]
+    evaluate.length_file(run, 32).touch()
+    assert left() == ["probes"]
+    for task in ("word_order", "distance"):
+        (probes / "tasks" / task).mkdir(parents=True)
+        for seed in SEEDS[:2]:
+            (probes / "tasks" / task / f"{seed}.json").touch()
+    (probes / "results.json").write_text('{"word_order": {}}')
+    assert left() == ["probes"]
+    (probes / "results.json").write_text('{"word_order": {}, "distance": {}}')
+    assert left() == []
+    (probes / "tasks" / "distance" / f"{SEEDS[1]}.json").unlink()
+    assert left() == ["probes"]
 
 
 @pytest.mark.parametrize(
