@@ -53,7 +53,7 @@ def write(paths: Sequence[str], baseline: str = "", sentence: str = "", out: str
     lead = [
         f"{len(every)} pre-trainings of {len(c.variants)} variants"
         + (f", compared with {c.baseline}." if c.baseline else "; no variant to compare them with was found.")
-        + (f" {unfinished} of them lack something: see below." if unfinished else ""),
+        + (f" Incomplete: {unfinished} (see below)." if unfinished else ""),
         *tables.notes(c),
     ]
     overview, missing = tables.overview(c), tables.missing(c)

@@ -107,7 +107,7 @@ def kernels(terms: Mapping[str, Kernel], limit: float) -> Drawing:
         for index, (name, kernel) in enumerate(terms.items()):
             taps = centred(kernel.mean).reshape(rows, -1)
             n = taps.shape[1] // 2
-            left, width = 0.16 + index * 0.84 / len(terms), 0.84 / len(terms) - 0.03
+            left, width = 0.16 + index * 0.84 / len(terms), 0.84 / len(terms) - 0.06
             axes: Any = figure.add_axes((left, 0.32 / height, width, (height - 0.6) / height))
             axes.imshow(
                 taps, cmap=DIVERGING, norm=Normalize(-limit, limit), aspect="auto", interpolation="nearest",
@@ -135,7 +135,8 @@ def attention(found: AttentionMaps) -> Drawing:
     layers, heads, size, _ = found.maps.shape
     down = [int(i) for i in np.unique(np.linspace(0, layers - 1, min(layers, MOST_LAYERS)).round())]
     across = list(range(min(heads, MOST_HEADS)))
-    panel, left, below, above = 1.05, 0.75, 0.75, 0.3
+    panel = 1.45 if len(across) <= 2 else 1.05
+    left, below, above = 0.75, 0.65, 0.3
     width = left + len(across) * (panel + 0.08)
     height = above + len(down) * (panel + 0.08) + below
 
@@ -149,7 +150,7 @@ def attention(found: AttentionMaps) -> Drawing:
             ticks = range(size)
             axes.set_yticks(ticks if column == 0 else [], found.tokens if column == 0 else [])
             axes.set_xticks(ticks if row == len(down) - 1 else [], found.tokens if row == len(down) - 1 else [])
-            axes.tick_params(labelsize=max(3.0, min(6.5, 66 / size)), length=0, pad=1.5)
+            axes.tick_params(labelsize=max(3.0, min(7.0, 62 * panel / size)), length=0, pad=1.5)
             axes.tick_params(axis="x", labelrotation=90)
             if row == 0:
                 axes.set_title(f"head {across[column] + 1}", fontsize=7.5, color=SOFT, pad=2)

@@ -1,7 +1,7 @@
 """Which pictures a comparison has, each with its caption and what is written where it cannot be seen."""
 
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import NamedTuple, TypeVar
 
 import numpy as np
@@ -43,13 +43,13 @@ def styles(c: Comparison) -> dict[str, int]:
 
 def losses(c: Comparison) -> Gallery:
     """Held-out loss against the step, the mean over seeds at the steps that all of a variant's runs have."""
-    curves, lacking = {}, []
+    curves, lacking = {}, {}
     for name, runs in c.variants.items():
         known = [dict(run.curve) for run in runs if run.curve]
         steps = sorted(set.intersection(*map(set, known))) if known else []
         curves[name] = [(step, float(np.mean([one[step] for one in known]))) for step in steps]
         if not steps:
-            lacking.append(f"{name}: no evaluation yet")
+            lacking[name] = "no evaluation yet"
     drawn = {name: curve for name, curve in curves.items() if curve}
     pictures = []
     if drawn:
@@ -61,7 +61,7 @@ def losses(c: Comparison) -> Gallery:
             drawing = figures.lines(late, styles(c), "step", "held-out loss, nat")
             pictures.append(Picture(drawing, "its second half", words))
     about = "Mean over pre-training seeds. Lines differ in marker and dashes; the legend is in the order of their ends."
-    return Gallery("Loss curves", about, pictures, lacking)
+    return Gallery("Loss curves", about, pictures, _by_reason(lacking))
 
 
 def differences(c: Comparison) -> Gallery:
@@ -86,7 +86,7 @@ def distances(c: Comparison) -> Gallery:
         means = [(float(d), c.values(name, f"distance:{d}")) for d in range(1, FARTHEST + 1)]
         curves[name] = [(d, 100 * float(np.mean(list(values.values())))) for d, values in means if values]
     drawn = {name: curve for name, curve in curves.items() if curve}
-    lacking = [f"{name}: the probe distance has not been run" for name in c.variants if name not in drawn]
+    lacking = _by_reason({name: "the probe “distance” has not been run" for name in c.variants if name not in drawn})
     if not drawn:
         return Gallery("", "", [], lacking)
     words = "; ".join(f"{name}: " + ", ".join(f"{y:.0f}" for _, y in curve) for name, curve in drawn.items())
@@ -99,14 +99,14 @@ def distances(c: Comparison) -> Gallery:
 def kernels(c: Comparison) -> Gallery:
     """The learned kernels of each variant's first seed, on one scale."""
     found: dict[str, dict[str, Kernel]] = {}
-    lacking = []
+    lacking = {}
     for name, runs in c.variants.items():
         terms = {t: k for t, k in (_first(runs, _kernels) or {}).items() if _is_drawable(k)}
         if terms:
             found[name] = terms
         else:
             here = any((run.folder / "kernels.npz").exists() for run in runs)
-            lacking.append(f"{name}: {'its scores have no taps' if here else 'no kernels.npz yet'}")
+            lacking[name] = "no taps in the scores" if here else "no kernels.npz yet"
     strongest = [np.abs(centred(k.mean)).max(-1).ravel() for terms in found.values() for k in terms.values()]
     limit = max(FLAT, float(np.quantile(np.concatenate(strongest), 0.9))) if strongest else FLAT
     pictures = []
@@ -119,18 +119,18 @@ def kernels(c: Comparison) -> Gallery:
         f"colours are full at {limit:.1f} logits, the same in all pictures. Of the first seed; a dynamic kernel is the "
         "mean over held-out tokens."
     )
-    return Gallery("Learned kernels", about, pictures, lacking)
+    return Gallery("Learned kernels", about, pictures, _by_reason(lacking))
 
 
 def attention(c: Comparison, sentence: str) -> Gallery:
     """The attention maps of a sentence, of each variant's first seed that has or can make them."""
-    pictures, lacking = [], []
+    pictures, lacking = [], {}
     for name, runs in c.variants.items():
         found = _first(runs, lambda run: _attention(run, sentence))
         if found is None:
-            lacking.append(f"{name}: no maps of this sentence, and no checkpoint to make them with")
+            lacking[name] = "no maps of this sentence, and no checkpoint to make them with"
         elif not found.maps.size:
-            lacking.append(f"{name}: nothing in it attends")
+            lacking[name] = "nothing in it attends"
         else:
             words = f"attention among {' '.join(found.tokens)}"
             pictures.append(Picture(figures.attention(found), name, words))
@@ -138,7 +138,13 @@ def attention(c: Comparison, sentence: str) -> Gallery:
         f"Of “{sentence}”. Queries down, keys across, darker for more (by the square root); at most four layers, from "
         "the first to the last, and the first four heads. Of the first seed."
     )
-    return Gallery("Attention maps", about, pictures, lacking)
+    return Gallery("Attention maps", about, pictures, _by_reason(lacking))
+
+
+def _by_reason(lacking: Mapping[str, str]) -> list[str]:
+    """variant -> reason as `variants: reason`."""
+    reasons = dict.fromkeys(lacking.values())
+    return [f"{', '.join(name for name in lacking if lacking[name] == reason)}: {reason}" for reason in reasons]
 
 
 def _first(runs: list[Run], load: Callable[[Run], T | None]) -> T | None:
