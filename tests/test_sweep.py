@@ -169,6 +169,16 @@ def test_a_sweep_names_its_rows_once_and_a_baseline_among_them():
             Sweep(**given)
 
 
+def test_a_plan_keeps_the_jobs_of_other_sweeps_in_the_folder(config, tmp_path):
+    for name in ("a", "b"):
+        sweep = Sweep((Variant(name, config),), baseline=name)
+        plan.write_plan(sweep, plan.jobs(sweep, tmp_path, Options()), tmp_path)
+    written = json.loads((tmp_path / "sweep.json").read_text())
+    assert written["variants"] == ["b", "a"]
+    assert list(written["jobs"]) == ["a-0", "b-0"]
+    assert written["jobs"]["a-0"] == {"variant": "a", "seed": 0, "stages": ["pretrain", "evaluate"]}
+
+
 # --- running, with stages that train nothing ---
 
 STAGE = """
