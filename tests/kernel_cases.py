@@ -76,19 +76,19 @@ def with_gradients(function, rows, taps, g, segments=None, **options):
     return jax.tree.map(np.asarray, run(rows, taps, g, segments))
 
 
-def assert_close(ours, exact, tolerance):
-    """Norm-wise, tensor by tensor."""
+def assert_close(ours, exact, tolerance, slack=1e-6):
+    """Norm-wise, tensor by tensor; `slack` for gradients that are exactly 0 and a sum of roundings in float32."""
     for (path, a), b in zip(jax.tree_util.tree_leaves_with_path(ours), jax.tree.leaves(exact), strict=True):
         difference = np.linalg.norm(np.asarray(a, np.float64) - b)
-        assert difference <= tolerance * np.linalg.norm(b) + 1e-6, jax.tree_util.keystr(path)
+        assert difference <= tolerance * np.linalg.norm(b) + slack, jax.tree_util.keystr(path)
 
 
-def check_against_float64(kernel, T, taps=TAPS, tolerance=1e-5, dtype="float32", K=8, W=7, **options):
+def check_against_float64(kernel, T, taps=TAPS, tolerance=1e-5, dtype="float32", K=8, W=7, slack=1e-6, **options):
     """Output and gradients of `kernel`, which agree with those of the definition."""
     rows, learned, g = draw(T, K, W, taps, dtype=dtype)
     ours = with_gradients(kernel, rows, learned, g, **options)
     with jax.enable_x64(True), jax.default_device(jax.devices("cpu")[0]):
         wide = jax.tree.map(lambda x: jnp.asarray(np.asarray(x, np.float64)), (rows, learned, g))
         exact = with_gradients(plain, *wide, **options)
-    assert_close(ours, exact, tolerance)
+    assert_close(ours, exact, tolerance, slack)
     return ours

@@ -83,13 +83,13 @@ def test_a_tile_wider_than_the_strips_of_its_bands(monkeypatch):
 @pytest.mark.slow
 @pytest.mark.parametrize(("T", "W", "edge"), [(1, 7, None), (200, 129, None), (300, 17, 128), (300, 129, None)])
 def test_agreement_on_tiles_as_large_as_those_of_a_tpu(T, W, edge):
-    check_against_float64(T, W=W, edge=edge, rate=0.2, segments=padded_and_packed(T) if T > 1 else None)
+    check_against_float64(T, W=W, edge=edge, rate=0.2, slack=1e-5, segments=padded_and_packed(T) if T > 1 else None)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("options", [{"T": 1}, {"T": 17}, {"T": 20, "W": 1}, {"T": 6, "W": 99}, {"T": 20, "K": 24}])
 def test_odd_shapes(options):
-    check_against_float64(options.pop("T"), **options)
+    check_against_float64(options["T"], slack=1e-5, **{name: options[name] for name in options if name != "T"})
 
 
 def test_bfloat16_is_as_good_as_the_plain_form_in_bfloat16():
