@@ -112,7 +112,9 @@ def test_less_data_is_a_share_of_the_training_documents_alone(config, prepare):
 
 def test_a_smaller_share_lies_within_a_larger_one():
     documents = [[f"document {i}", "of two lines"] for i in range(400)]
-    kept = {share: list(reduced(corpus(documents), share).documents("train")) for share in (1.0, 0.5, 0.25)}
+    text = corpus(documents, heldout=documents)
+    kept = {share: list(reduced(text, share).documents("train")) for share in (1.0, 0.5, 0.25)}
+    assert list(reduced(text, 0.25).documents("heldout")) == documents
     assert kept[1.0] == documents
     assert [document for document in kept[0.5] if document in kept[0.25]] == kept[0.25]
     assert len(kept[0.5]) == pytest.approx(200, abs=40)

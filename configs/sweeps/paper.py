@@ -28,5 +28,6 @@ def get_sweep(size: str = "small") -> Sweep:
             probes(),
             glue("cola", "sst2", "mrpc", "stsb", "rte", "wnli", seeds=3),
         ),
+        changes={"train.eval_every": 500, "checkpoint.every_seconds": 60.0},
         lengths=(128, 512),
     )
