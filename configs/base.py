@@ -6,11 +6,12 @@ Sizes, chosen as `--config=configs/composite.py:SIZE`:
   CPU cores.
 - `small`: 12 layers of width 256 (the small model of ELECTRA), the paper's schedule, text files of your own.
 - `base`: BERT-base, the paper's schedule, text files of your own.
+- `large`: BERT-large, likewise; not in the paper.
 """
 
 from ml_collections import ConfigDict
 
-SIZES = ("tiny", "small", "base")
+SIZES = ("tiny", "small", "base", "large")
 
 
 def get_config(size: str = "tiny") -> ConfigDict:
@@ -27,6 +28,12 @@ def get_config(size: str = "tiny") -> ConfigDict:
         config.model.heads = 12
         config.model.hidden = 3072
         config.model.embedding = 768
+    elif size == "large":
+        config.model.layers = 24
+        config.model.width = 1024
+        config.model.heads = 16
+        config.model.hidden = 4096
+        config.model.embedding = 1024
     return config
 
 
@@ -124,6 +131,7 @@ def _paper() -> ConfigDict:
     mesh.data = -1
     mesh.fsdp = 1
     mesh.tensor = 1
+    mesh.dry_run = False  # only compile for such a mesh, there or not, and say what it would hold and send
 
     c.resume = resume = ConfigDict()
     resume.allow = ()  # keys changed on purpose in a run that has begun, such as optimizer.learning_rate,train.steps

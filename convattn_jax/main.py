@@ -16,7 +16,7 @@ TASKS = {"pretrain": "convattn_jax.pretrain", "finetune": "convattn_jax.finetune
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 HELP = """usage: python -m convattn_jax.main --config=FILE[:SIZE] [--workdir=DIR] [--config.KEY=VALUE ...]
 
-  --config=configs/composite.py         what to train; SIZE is tiny (default), small or base
+  --config=configs/composite.py         what to train; SIZE is tiny (default), small, base or large
   --config=configs/glue.py              fine-tune the run --config.init_from=runs/composite
   --workdir=runs/NAME                   the run folder; the same command again resumes what is there
   --compile_cache=DIR                   of compiled programs, ~/.cache/convattn_jax/compiled; empty: none are kept

@@ -74,7 +74,7 @@ def mask_tokens(key: Array, inputs: Inputs, vocabulary: Vocabulary, config: Mask
         positions, chosen = _whole_words(order_key, word, ordinary, wanted, slots)
     else:
         draw = jnp.where(ordinary, jax.random.uniform(order_key, ids.shape), -1.0)
-        positions = jax.lax.top_k(draw, slots)[1]
+        positions = jnp.argsort(-draw, axis=1)[:, :slots]  # a mesh would gather all rows for top_k
         chosen = jnp.arange(slots) < wanted[:, None]
 
     labels = jnp.take_along_axis(ids, positions, axis=1)

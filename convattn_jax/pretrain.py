@@ -1,7 +1,6 @@
 """Masked language modelling: wires text, model and objective into `train.fit` and leaves a run folder."""
 
 import contextlib
-import dataclasses
 import functools
 import math
 from collections.abc import Callable, Iterator
@@ -12,58 +11,28 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 from jax import Array
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh
 
-from convattn_jax import checkpoint, diagnosis, distributed, events, interrupt, memory, sharding, train
+from convattn_jax import checkpoint, diagnosis, distributed, dryrun, events, interrupt, memory, sharding, train
 from convattn_jax.account import KINDS, Account
 from convattn_jax.config import Interrupted, check, flatten, from_config, to_plain
 from convattn_jax.console import Console, duration
 from convattn_jax.data import loader
-from convattn_jax.data.config import DataConfig, TokenizerConfig
 from convattn_jax.data.rows import Prepared, Rows, prepare, reopen
 from convattn_jax.data.tokenizer import Tokenizer
-from convattn_jax.kernels.operations import operations_by
 from convattn_jax.learned import learned_kernels, save_kernels
-from convattn_jax.masking import MaskingConfig, Vocabulary
-from convattn_jax.model.config import ModelConfig
-from convattn_jax.model.mlm import MaskedLM
-from convattn_jax.objective import MaskedLanguageModelling, unigram_log_probabilities
-from convattn_jax.optim import OptimizerConfig, make_optimizer, schedule
-from convattn_jax.resume import ResumeConfig
+from convattn_jax.masking import Vocabulary
+from convattn_jax.program import PretrainConfig, Program
 from convattn_jax.run import RunFolder
 from convattn_jax.taps import Kernel
 from convattn_jax.train import TrainState
-from convattn_jax.watchdog import WatchdogConfig, watched
-
-
-@dataclasses.dataclass(frozen=True)
-class PretrainConfig:
-    """Everything a pre-training run is; `configs/base.py` documents each key."""
-
-    task: str
-    name: str
-    seed: int
-    data: DataConfig
-    tokenizer: TokenizerConfig
-    model: ModelConfig
-    masking: MaskingConfig
-    train: train.TrainConfig
-    optimizer: OptimizerConfig
-    checkpoint: checkpoint.CheckpointConfig
-    mesh: sharding.MeshConfig
-    resume: ResumeConfig
-    watchdog: WatchdogConfig
-
-    def __post_init__(self):
-        check(0 <= self.seed < 2**32, f"seed={self.seed} must lie in [0, 2**32)")
-        check(
-            self.model.positions != "absolute" or self.data.length <= self.model.max_length,
-            f"model.max_length={self.model.max_length} is below data.length={self.data.length}: raise it",
-        )
+from convattn_jax.watchdog import watched
 
 
 def run(config: ml_collections.ConfigDict, workdir: str, console: Console | None = None) -> dict[str, Any]:
-    """Trains, or goes on training, or checks what is finished; returns the summary."""
+    """Trains, or goes on training, or checks what is finished; returns the summary, or what a dry run found."""
+    if flatten(config).get("mesh.dry_run"):
+        return dryrun.start(config)
     account = Account()
     distributed.check_same(distributed.code() | distributed.configuration(flatten(config)))
     first = distributed.first_process()
@@ -132,45 +101,7 @@ class _Run:
     ):
         self.c, self.folder, self.prepared, self.mesh, self.console = c, folder, prepared, mesh, console
         self.account = account
-        tokenizer = prepared.tokenizer
-        operations = sharding.shard_operations(operations_by(c.model.kernel), mesh)
-        self.model = MaskedLM(c.model, tokenizer.size, operations)
-        unigram = unigram_log_probabilities(prepared.counts, tokenizer.special, self.model.vocab_rows)
-        self.objective = MaskedLanguageModelling(
-            self.model, Vocabulary.of(tokenizer), c.data.layout, c.masking, unigram
-        )
-        self.schedule = schedule(c.optimizer, c.train.steps)
-        self.optimizer = make_optimizer(c.optimizer, c.train.steps)
-
-        shapes = jax.eval_shape(self._initial_state, jax.random.key(0))
-        shardings = sharding.tree_shardings(shapes, mesh)
-        rows, everywhere = NamedSharding(mesh, sharding.BATCH), NamedSharding(mesh, PartitionSpec())
-        self.like = jax.tree.map(lambda s, sh: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sh), shapes, shardings)
-        self.init = jax.jit(self._initial_state, out_shardings=shardings)
-        self._step = jax.jit(
-            self._train_step,
-            donate_argnums=0,
-            in_shardings=(shardings, rows, None),
-            out_shardings=(shardings, everywhere),
-        )
-        self.train_step = lambda state, rows: self._step(state, rows, np.uint32(c.seed))
-        self.eval_step = jax.jit(
-            self.objective.evaluation_sums,
-            in_shardings=(shardings.params, rows, None),
-            out_shardings=everywhere,
-        )
-
-    def _train_step(self, state: TrainState, rows: Array, seed: Array) -> tuple[TrainState, dict[str, Array]]:
-        """The seed is an argument: runs that differ in it alone share one compiled program, and so a compile cache."""
-        c = self.c.train
-        step = train.make_train_step(self.objective, self.optimizer, seed, c.accumulate, c.skip_nonfinite > 0)
-        return step(state, rows)
-
-    def _initial_state(self, key: Array) -> TrainState:
-        params = self.model.initial_params(key)
-        if self.c.model.output_bias == "unigram":
-            params["head"]["bias"] = jnp.asarray(self.objective.unigram)
-        return TrainState(jnp.zeros((), jnp.int32), params, self.optimizer.init(params))
+        self.program = Program(c, Vocabulary.of(prepared.tokenizer), prepared.counts, mesh)
 
     def complete(self) -> dict[str, Any]:
         """From whatever state the folder is in to the finished run."""
@@ -180,11 +111,11 @@ class _Run:
             interrupt.deferred() as stop,
             contextlib.closing(checkpoint.Checkpoints(self.folder.checkpoints, self.c.checkpoint.keep)) as checkpoints,
         ):
-            saved = checkpoints.restore(self.like, self.console.message)
+            saved = checkpoints.restore(self.program.like, self.console.message)
             with distributed.together():
-                checkpoints.check_room(self.like)
+                checkpoints.check_room(self.program.like)
             if saved is None:
-                saved = checkpoint.Saved(self.init(jax.random.key(self.c.seed)), {})
+                saved = checkpoint.Saved(self.program.init(jax.random.key(self.c.seed)), {})
             elif int(saved.state.step) < steps:
                 self.console.message(f"resumed from step {int(saved.state.step)}")
             step, further = int(saved.state.step), len(saved.notes.get("window", ()))
@@ -205,11 +136,8 @@ class _Run:
         return self._finish(state)
 
     def _out_of_memory(self) -> str:
-        c, sharded = self.c.train, NamedSharding(self.mesh, sharding.BATCH)
-        shape = (c.batch_size, self.c.data.length)
-        rows = jax.ShapeDtypeStruct(shape, self.prepared.train.tokens.dtype, sharding=sharded)
-        needed = memory.need(lambda: self._step.lower(self.like, rows, np.uint32(0)))
-        shards = c.batch_size // sharded.shard_shape(shape)[0]
+        c, needed = self.c.train, memory.need(self.program.lower)
+        shards = self.mesh.shape["data"] * self.mesh.shape["fsdp"]
         return memory.training_advice(c, self.c.model.remat, shards, needed, memory.capacity())
 
     def _logged(self, step: int, further: int) -> tuple[float | None, dict[str, Any] | None]:
@@ -235,7 +163,7 @@ class _Run:
         def record(row: dict[str, float | int]) -> None:
             step = int(row["step"])
             checkpoints.check()
-            row["learning_rate"] = float(np.asarray(self.schedule(step - 1)))
+            row["learning_rate"] = float(np.asarray(self.program.schedule(step - 1)))
             if distributed.first_process():
                 self.folder.append(row)
                 write_events(row)
@@ -254,7 +182,7 @@ class _Run:
                 return train.fit(
                     saved.state,
                     c.train,
-                    train_step=self.train_step,
+                    train_step=self.program.train_step,
                     batches=batches,
                     evaluate=self._evaluate,
                     save=checkpoints.save,
@@ -282,21 +210,21 @@ class _Run:
     ) -> str:
         """Where in its step a figure stopped being finite, found by going there again from the last checkpoint."""
         checkpoints.wait()
-        saved = checkpoints.restore(self.like)
-        state = self.init(jax.random.key(self.c.seed)) if saved is None else saved.state
+        saved = checkpoints.restore(self.program.like)
+        state = self.program.init(jax.random.key(self.c.seed)) if saved is None else saved.state
         first, last = int(state.step), error.step - 1
         self.console.message(
             f"{error.name} is not finite at step {error.step}: going there again to see where it began"
         )
         for step in range(first, last):
-            state, sums = self.train_step(state, self._batch(step))
+            state, sums = self.program.train_step(state, self._batch(step))
             jax.block_until_ready(sums)
             alive()
-        return diagnosis.where(self.objective, state, self._batch(last), self.c.seed, self.c.train.accumulate)
+        return diagnosis.where(self.program.objective, state, self._batch(last), self.c.seed, self.c.train.accumulate)
 
     def _evaluate(self, params: Any) -> dict[str, float]:
         """Held-out loss and its relatives, per predicted token, with the same masks every time."""
-        sums = train.evaluate(self.eval_step, params, self._heldout_batches())
+        sums = train.evaluate(self.program.eval_step, params, self._heldout_batches())
         loss, weight, masked = sums["loss"] / sums["weight"], sums["weight"], max(sums["mask_weight"], 1.0)
         return {
             "eval_loss": loss,
@@ -319,9 +247,8 @@ class _Run:
 
     def _finish(self, state: TrainState) -> dict[str, Any]:
         """Summary, pictures and the closing table."""
-        sample = evaluated_rows(self.prepared.heldout, 64)
-        everywhere = NamedSharding(self.mesh, PartitionSpec())
-        kernels = learned_kernels(self.model, state.params, self.objective.inputs(jnp.asarray(sample)), everywhere)
+        sample = self.program.objective.inputs(jnp.asarray(evaluated_rows(self.prepared.heldout, 64)))
+        kernels = learned_kernels(self.program.model, state.params, sample, self.program.everywhere)
         summary = distributed.from_first(lambda: self._leave(int(state.step), state.params, kernels))
         self._show(summary)
         return summary

@@ -33,7 +33,6 @@ RULES: tuple[tuple[str, P], ...] = (
     (r"mlp_in/bias$", P("tensor")),
     (r"mlp_out/kernel$", P("tensor", "fsdp")),
     (r"embeddings/word$", P("tensor", "fsdp")),
-    (r"embeddings/position$", P(None, "fsdp")),
     (r"(project|transform)/kernel$", P("fsdp", None)),
     (r"head/bias$", P("tensor")),
 )
@@ -46,9 +45,15 @@ class MeshConfig:
     data: int
     fsdp: int
     tensor: int
+    dry_run: bool = False
+
+    @property
+    def sizes(self) -> tuple[int, int, int]:
+        """As they are given, -1 for the rest."""
+        return self.data, self.fsdp, self.tensor
 
     def __post_init__(self):
-        sizes = dataclasses.astuple(self)
+        sizes = self.sizes
         for axis, size in zip(AXES, sizes, strict=True):
             check(size == -1 or size >= 1, f"mesh.{axis}={size} must be at least 1, or -1 for the rest")
         check(sizes.count(-1) <= 1, "mesh: only one of data, fsdp, tensor can be -1 (the rest)")
@@ -59,19 +64,24 @@ class MeshConfig:
         Raises:
           UserError: the axes don't multiply to the number of devices.
         """
-        sizes = list(dataclasses.astuple(self))
+        sizes = list(self.sizes)
         known = math.prod(size for size in sizes if size != -1)
         if -1 in sizes and devices % known == 0:
             sizes[sizes.index(-1)] = devices // known
         text = " x ".join(f"mesh.{axis}={size}" for axis, size in zip(AXES, sizes, strict=True))
         check(-1 not in sizes and math.prod(sizes) == devices, f"{text} does not multiply to the {devices} devices")
-        return tuple(sizes)
+        return sizes[0], sizes[1], sizes[2]
 
 
 def make_mesh(config: MeshConfig) -> Mesh:
     """A mesh over all devices of all hosts; compilers infer what no rule says (Auto axes)."""
     shape = config.shape(jax.device_count())
     return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def abstract_mesh(config: MeshConfig) -> AbstractMesh:
+    """A mesh whose devices need not be there; all sizes are given."""
+    return AbstractMesh(config.sizes, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
 def check_divides(mesh: Mesh | AbstractMesh, batch_size: int, accumulate: int, heads: int) -> None:
@@ -96,11 +106,13 @@ def spec(name: str, shape: tuple[int, ...], mesh: Mesh | AbstractMesh) -> P:
     for pattern, rule in RULES:
         if re.search(pattern, name):
             axes = (None,) * (len(shape) - len(rule)) + tuple(rule)  # scanned layers have one axis more, in front
-            fits = [
-                axis if axis and size % mesh.shape[axis] == 0 else None for axis, size in zip(axes, shape, strict=True)
-            ]
-            return P(*fits)
+            return fitting(axes, shape, mesh)
     return P()
+
+
+def fitting(axes: Sequence[str | None], shape: tuple[int, ...], mesh: Mesh | AbstractMesh) -> P:
+    """These mesh axes for the axes of an array, as far as they divide."""
+    return P(*(axis if axis and n % mesh.shape[axis] == 0 else None for axis, n in zip(axes, shape, strict=True)))
 
 
 def tree_shardings(tree: Any, mesh: Mesh | AbstractMesh) -> Any:
@@ -117,6 +129,8 @@ def shard_operations(operations: Operations, mesh: Mesh) -> Operations:
         add_by_ids=shard_sums(operations.add_by_ids, mesh),
         convolve=shard_convolution(operations.convolve, mesh),
         add_norm=shard_add_norm(operations.add_norm, mesh),
+        hold=hold_rows(mesh),
+        gather=gather_table(mesh),
     )
 
 
@@ -141,8 +155,37 @@ def shard_add_norm(add_norm: AddNorm, mesh: Mesh) -> AddNorm:
     return sharded
 
 
+def hold_rows(mesh: Mesh) -> Callable[[jax.Array], jax.Array]:
+    """Keeps each row of hidden states on the device that has it in the batch.
+
+    Left to itself the compiler lets them follow the axes that parameters are cut along, and moves them instead.
+    """
+    parts, rows = mesh.shape["data"] * mesh.shape["fsdp"], NamedSharding(mesh, BATCH)
+    return lambda x: x if x.shape[0] % parts or mesh.size == 1 else jax.lax.with_sharding_constraint(x, rows)
+
+
+def gather_table(mesh: Mesh) -> Callable[[jax.Array], jax.Array]:
+    """Brings whole rows of the token embedding together, over `fsdp` alone; the gradient is cut again.
+
+    A look-up in rows that are cut would move its results, far more than the table.
+    """
+
+    def placed(x: jax.Array, *axes: str | None) -> jax.Array:
+        fits = [
+            axis if axis and size % mesh.shape[axis] == 0 else None for axis, size in zip(axes, x.shape, strict=True)
+        ]
+        return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, P(*fits)))
+
+    @jax.custom_vjp
+    def gather(table: jax.Array) -> jax.Array:
+        return placed(table, "tensor", None)
+
+    gather.defvjp(lambda table: (gather(table), None), lambda _, gradient: (placed(gradient, "tensor", "fsdp"),))
+    return gather if mesh.size > 1 else lambda table: table
+
+
 def shard_sums(add_by_ids: AddByIds, mesh: Mesh) -> AddByIds:
-    """The same function where each device adds up its own tokens, and then all of them their sums."""
+    """The same function where each device adds up its own tokens, and then all of them their sums, cut as the table."""
     if mesh.size == 1:
         return add_by_ids
     axes, parts = BATCH[0], mesh.shape["data"] * mesh.shape["fsdp"]
@@ -151,10 +194,19 @@ def shard_sums(add_by_ids: AddByIds, mesh: Mesh) -> AddByIds:
         if ids.shape[0] % parts:
             return add_by_ids(ids, x, rows, dtype)
 
-        def local(ids, x):
-            return jax.lax.psum(add_by_ids(ids, x, rows, dtype), axes)
+        tensor, fsdp = fitting(("tensor", "fsdp"), (rows, x.shape[1]), mesh)
 
-        mapped = jax.shard_map(local, mesh=mesh, in_specs=(P(axes), P(axes)), out_specs=P(), check_vma=False)
+        def local(ids, x):
+            sums = add_by_ids(ids, x, rows, dtype)
+            if tensor:  # which all have the same tokens: each keeps its rows of the table
+                sums = sums.reshape(mesh.shape[tensor], -1, sums.shape[1])[jax.lax.axis_index(tensor)]
+            if fsdp and mesh.shape[fsdp] > 1:
+                return jax.lax.psum(jax.lax.psum_scatter(sums, fsdp, scatter_dimension=1, tiled=True), "data")
+            return jax.lax.psum(sums, axes)
+
+        mapped = jax.shard_map(
+            local, mesh=mesh, in_specs=(P(axes), P(axes)), out_specs=P(tensor, fsdp), check_vma=False
+        )
         return mapped(ids, x)
 
     return sharded

@@ -85,6 +85,7 @@ def test_the_sizes_are_those_of_the_paper():
 
     assert shape("small") == (256, 12, 4, 1024, 128)
     assert shape("base") == (768, 12, 12, 3072, 768)
+    assert shape("large") == (1024, 24, 16, 4096, 1024)
 
 
 def test_composite_attention_differs_from_bert_by_its_terms_and_positions_only():

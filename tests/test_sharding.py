@@ -122,11 +122,13 @@ def test_one_process_feeds_the_whole_batch():
     np.testing.assert_array_equal(placed, rows)
 
 
-def test_training_on_four_devices_agrees_with_one():
+def test_training_on_eight_devices_agrees_with_one_and_goes_on_with_another_mesh(tmp_path):
+    tiny.write_corpus(tmp_path / "text.txt")
     here = pathlib.Path(__file__).parent
     environment = os.environ | {
-        "XLA_FLAGS": f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=4",
+        "XLA_FLAGS": f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=8",
         "PYTHONPATH": str(here.parent),
     }
-    ended = subprocess.run([sys.executable, here / "four_devices.py"], env=environment, capture_output=True, text=True)
+    command = [sys.executable, here / "eight_devices.py", tmp_path]
+    ended = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert ended.returncode == 0, ended.stderr

@@ -45,12 +45,13 @@ class Embeddings(nn.Module):
         c, dtype = self.config, jnp.dtype(self.config.dtype)
         word = self.param("word", kernel_init, (self.vocab_rows, c.embedding))
         types = self.param("type", kernel_init, (2, c.embedding)).astype(dtype)
-        x = lookup(word, inputs.ids, dtype, self.operations.add_by_ids)
+        x = lookup(self.operations.gather(word), inputs.ids, dtype, self.operations.add_by_ids)
         if c.positions == "absolute":
             table = self.param("position", kernel_init, (c.max_length, c.embedding))
             x += lookup(table, inputs.positions, dtype, self.operations.add_by_ids)
         x += jnp.where(inputs.types[..., None] == 1, types[1], types[0])
         x = dropout(LayerNorm(c.embedding, name="norm")(x), c.dropout, seed)
+        x = self.operations.hold(x)
         return x if c.embedding == c.width else Linear((c.embedding,), (c.width,), name="project")(x)
 
 

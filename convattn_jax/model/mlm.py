@@ -18,7 +18,8 @@ class MaskedLM(TaskModel):
 
     def logits(self, hidden: Float[Array, "B P D"]) -> Float[Array, "B P V"]:
         """One score per row of the embedding."""
-        return self.head(hidden, self.encoder.get_variable("params", "embeddings")["word"])
+        word = self.encoder.get_variable("params", "embeddings")["word"]
+        return self.head(hidden, self.operations.gather(word))
 
     def __call__(self, inputs: Inputs, positions: Int[Array, "B P"] | None = None) -> Float[Array, "B P V"]:
         """Logits at the given positions, or at all of them."""

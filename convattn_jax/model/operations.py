@@ -2,12 +2,20 @@
 one; `convattn_jax.kernels` puts fused kernels in their place, `convattn_jax.sharding` spreads them over a mesh.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
+
+from jax import Array
 
 from convattn_jax.model.attention import Attend, attend
 from convattn_jax.model.convolution import Convolve, convolve
 from convattn_jax.model.embedding import AddByIds, add_by_ids
 from convattn_jax.model.layers import AddNorm, add_norm
+
+
+def same(x: Array) -> Array:
+    """Hands on what it is given: on one device arrays stand where they are needed."""
+    return x
 
 
 class Operations(NamedTuple):
@@ -17,6 +25,8 @@ class Operations(NamedTuple):
     add_by_ids: AddByIds = add_by_ids
     convolve: Convolve = convolve
     add_norm: AddNorm = add_norm
+    hold: Callable[[Array], Array] = same  # hidden states (B, T, D), between layers
+    gather: Callable[[Array], Array] = same  # the token embedding (V, E), before its use
 
 
 PLAIN = Operations()

@@ -1,0 +1,152 @@
+"""A mesh that isn't there: what each device would hold and send, by compiling the step for so many CPU devices.
+
+The number of CPU devices is fixed when JAX starts, so a process of its own compiles; it reads no text and runs nothing.
+"""
+
+import itertools
+import json
+import math
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import jax
+import ml_collections
+import numpy as np
+
+from convattn_jax import sharding
+from convattn_jax.collectives import Collective, collectives
+from convattn_jax.config import UserError, check, from_config, to_plain
+from convattn_jax.console import Console, human
+from convattn_jax.data.tokenizer import Tokenizer
+from convattn_jax.program import PretrainConfig, Program, made_up_vocabulary
+
+# What is compiled never runs: no time goes into making it fast.
+COMPILER = (
+    "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true --xla_cpu_use_fusion_emitters=false"
+)
+UNSEEN = (
+    "Compiled for CPU devices, which cannot show: the fused attention kernel (the memory above holds the plain "
+    "form's T x T scores); reduce-scatter (here an all-reduce, then a cut); bfloat16 sums and "
+    "products (widened to float32 here: up to twice the bytes of activations); how collectives are combined and "
+    "overlapped; time."
+)
+
+
+def start(config: ml_collections.ConfigDict) -> dict[str, Any]:
+    """Compiles in a process with as many devices as the mesh has, prints what it found and returns it.
+
+    Raises:
+      UserError: the mesh has no definite size, or does not go with batch and heads.
+    """
+    plain = config.to_dict()
+    plain["data"]["source"] = "docstrings"  # whichever: no text is read
+    c = from_config(PretrainConfig, plain)
+    check(-1 not in c.mesh.sizes, "mesh.dry_run: no devices say what -1 (the rest) is: give all of data, fsdp, tensor")
+    sharding.check_divides(sharding.abstract_mesh(c.mesh), c.train.batch_size, c.train.accumulate, c.model.heads)
+    devices = math.prod(c.mesh.sizes)
+    Console().message(f"compiling for {devices} CPU devices: {c.model.layers} layers unrolled take a minute or more")
+    flags = f"{os.environ.get('XLA_FLAGS', '')} {COMPILER} --xla_force_host_platform_device_count={devices}"
+    ended = subprocess.run(
+        [sys.executable, "-m", "convattn_jax.dryrun"],
+        input=json.dumps(to_plain(c)),
+        env=os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags, "TF_CPP_MIN_LOG_LEVEL": "3"},
+        stdout=subprocess.PIPE,
+        text=True,
+        check=False,
+    )
+    if ended.returncode:
+        raise UserError(
+            f"mesh.dry_run: compiling for {devices} devices ended with status {ended.returncode} (see above)"
+        )
+    found = json.loads(ended.stdout)
+    print("\n".join(report(c, found)))
+    return found
+
+
+def describe(c: PretrainConfig) -> dict[str, Any]:
+    """What the compiled step says of itself; the devices are those of this process."""
+    t = c.tokenizer
+    size = Tokenizer.from_file(t.model, t.normalization).size if t.model else t.vocab_size
+    mesh = sharding.make_mesh(c.mesh)
+    program = Program(c, made_up_vocabulary(size), np.ones(size, np.int64), mesh)
+    compiled: Any = program.lower().compile()
+    memory: Any = compiled.memory_analysis()
+    return {
+        "parameters": [
+            [sharding.path_name(path), list(leaf.shape), _axes(leaf.sharding.spec, mesh), _bytes(leaf)]
+            for path, leaf in jax.tree_util.tree_leaves_with_path(program.like.params)
+        ],
+        "bytes": {
+            "parameters": sum(map(_bytes, jax.tree.leaves(program.like.params))),
+            "optimizer": sum(map(_bytes, jax.tree.leaves(program.like.opt_state))),
+        },
+        "collectives": collectives(compiled.as_text()),
+        "memory": {
+            "arguments": memory.argument_size_in_bytes,
+            "results beside them": memory.output_size_in_bytes - memory.alias_size_in_bytes,
+            "temporary": memory.temp_size_in_bytes,
+        },
+    }
+
+
+def report(c: PretrainConfig, found: Mapping[str, Any]) -> Iterator[str]:
+    """The lines that a person reads."""
+    axes = dict(zip(sharding.AXES, c.mesh.sizes, strict=True))
+    rows = c.train.batch_size // (axes["data"] * axes["fsdp"])
+    yield f"mesh {' x '.join(f'{axis}={size}' for axis, size in axes.items())}: {math.prod(c.mesh.sizes)} devices"
+    yield f"batch {c.train.batch_size} x {c.data.length} tokens: {rows} rows a device, in {c.train.accumulate} passes"
+    yield from ("", f"{'parameter':56} {'shape':>18}  {'cut along':24} {'bytes a device':>14}")
+    for name, shape, spec, times, size in _alike(found["parameters"]):
+        yield f"{name:56} {' x '.join(map(str, shape)):>18}  {spec or 'whole on each':24} {_size(size):>14} {times}"
+    total = found["bytes"]["parameters"] + found["bytes"]["optimizer"]
+    yield from ("", "a device holds, between steps")
+    yield from (f"  {name:20} {_size(size):>10}" for name, size in found["bytes"].items())
+    yield f"  {'together':20} {_size(total):>10}"
+    yield from ("", f"{'collectives of a step':24} {'devices':>8} {'count':>7} {'bytes':>10} {'sent':>10}  a device")
+    for one in (Collective(*row) for row in found["collectives"]):
+        yield f"  {one.kind:22} {one.group or '?':>8} {one.runs:>7} {_size(one.bytes):>10} {_size(one.sent):>10}"
+    yield from ("", "memory of a device while it steps, estimated by the compiler")
+    yield from (f"  {name:20} {_size(size):>10}" for name, size in found["memory"].items())
+    yield f"  {'together':20} {_size(sum(found['memory'].values())):>10}"
+    yield from ("", UNSEEN)
+
+
+def _axes(spec: jax.sharding.PartitionSpec, mesh: jax.sharding.Mesh) -> str:
+    """The mesh axis that each axis of an array is cut along, - where it isn't; empty where none is."""
+    axes = [axis if axis and mesh.shape[axis] > 1 else None for axis in spec]
+    return ", ".join(axis or "-" for axis in axes) if any(axes) else ""
+
+
+def _bytes(leaf: jax.ShapeDtypeStruct) -> int:
+    sharding = leaf.sharding
+    shape = leaf.shape if sharding is None else sharding.shard_shape(leaf.shape)
+    return math.prod(shape) * leaf.dtype.itemsize
+
+
+def _alike(parameters: list[list[Any]]) -> Iterator[tuple[str, list[int], str, str, int]]:
+    """One line for the same parameter of all layers."""
+
+    def any_layer(row: list[Any]) -> tuple[str, list[int], str, int]:
+        name, shape, spec, size = row
+        return re.sub(r"layer_\d+", "layer_*", name), shape, spec, size
+
+    for (name, shape, spec, size), group in itertools.groupby(sorted(map(any_layer, parameters))):
+        count = len(list(group))
+        yield name, shape, spec, f"x {count}" if count > 1 else "", size
+
+
+def _size(count: float | int) -> str:
+    return "?" if math.isnan(count) else f"{human(count, ' ')}B"
+
+
+def main() -> None:
+    """Reads a configuration, writes what `describe` finds, both as JSON."""
+    print(json.dumps(describe(from_config(PretrainConfig, json.load(sys.stdin)))))
+
+
+if __name__ == "__main__":
+    main()

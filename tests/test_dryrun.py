@@ -1,0 +1,97 @@
+"""What a dry run says: the collectives of a program's text, and a mesh of 256 devices that isn't there."""
+
+import subprocess
+import sys
+
+import pytest
+import tiny
+
+from convattn_jax import dryrun, main
+from convattn_jax.collectives import Collective, collectives
+from convattn_jax.config import UserError
+
+PROGRAM = """HloModule jit_step, num_partitions=8
+
+%add (x: f32[], y: f32[]) -> f32[] {
+  ROOT %sum = f32[] add(%x, %y)
+}
+
+%body (p: (s32[], f32[16,4])) -> (s32[], f32[16,4]) {
+  %g = bf16[16,4]{1,0} all-gather(%h), channel_id=1, replica_groups=[4,2]<=[8], dimensions={0}
+}
+
+%inside (p: f32[2]) -> f32[2] {
+  ROOT %s = f32[2]{0} reduce-scatter(%q), channel_id=2, replica_groups=[1,8]<=[8], to_apply=%add
+}
+
+%first (p: f32[2]) -> f32[2] {
+  ROOT %a = (f32[4]{0}, f32[4]{0}) all-to-all(%u, %v), channel_id=7, replica_groups={{0,1},{2,3},{4,5},{6,7}}
+}
+
+ENTRY %main (a: f32[16,4]) -> f32[16,4] {
+  %w = (s32[], f32[16,4]) while(%t), condition=%c, body=%body, backend_config={"known_trip_count":{"n":"12"}}
+  %r = (f32[16,4]{1,0}, /*index=1*/f32[]) all-reduce(%a, %b), replica_groups={{0,1,2,3},{4,5,6,7}}, to_apply=%add
+  %m = f32[10]{0} all-reduce(%a), replica_groups=mesh['a'=2,'b'=4], device_ids=([2,4]T(1,0)) {'b'}, to_apply=%add
+  %s = (f32[8]{0}, f32[16]{0}) all-gather-start(%a), replica_groups=[4,2]<=[8], dimensions={0}
+  %d = f32[16]{0} all-gather-done(%s)
+  %p = (f32[6]{0}, f32[6]{0}, u32[], u32[]) collective-permute-start(%a), source_target_pairs={{0,1},{1,0}}
+  %y = ((f32[16]), f32[2], s32[]) async-start(%z), calls=%inside
+  %n = f32[2] conditional(%i, %a, %b), branch_computations={%first, %add}
+}
+"""
+
+
+def test_collectives_are_counted_as_often_as_they_run_with_the_bytes_of_their_results():
+    assert collectives(PROGRAM) == [
+        Collective("all-gather", 2, 13, 12 * 16 * 4 * 2 + 16 * 4),
+        Collective("all-reduce", 4, 2, 16 * 4 * 4 + 4 + 10 * 4),
+        Collective("all-to-all", 2, 1, 2 * 4 * 4),
+        Collective("collective-permute", 0, 1, 6 * 4),
+        Collective("reduce-scatter", 8, 1, 2 * 4),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("kind", "sent"),
+    [("all-reduce", 150), ("all-gather", 75), ("reduce-scatter", 300), ("all-to-all", 75), ("collective-permute", 100)],
+)
+def test_what_goes_around_a_ring_of_four(kind, sent):
+    assert Collective(kind, 4, 1, 100).sent == sent
+
+
+def test_a_mesh_of_256_devices_is_described_on_a_machine_with_one(tmp_path, capfd):
+    changes = {"model__layers": 2, "model__loop": "scan", "train__batch_size": 512}
+    config = tiny.write_config(tmp_path, data__files=(), **changes)  # no text is there to be read
+    arguments = ["--config.mesh.dry_run", "--config.mesh.data=32", "--config.mesh.fsdp=4", "--config.mesh.tensor=2"]
+    main.main(["main", f"--config={config}", f"--workdir={tmp_path / 'run'}", *arguments])
+    said = capfd.readouterr().out
+    assert "mesh data=32 x fsdp=4 x tensor=2: 256 devices" in said
+    lines = {line.split("  ")[0]: " ".join(line.split()[1:]) for line in said.splitlines()}
+    name = "encoder/layers/mlp_in/kernel"
+    assert lines[name] == f"2 x 16 x 32 -, fsdp, tensor {2 * 4 * 16 * 4} B"
+    assert lines["encoder/embeddings/word"] == f"48 x 8 tensor, fsdp {24 * 2 * 4} B"
+    table = {tuple(words[:2]): words[2] for line in said.splitlines() if len(words := line.split()) > 2}
+    assert int(table["all-gather", "4"]) >= 2 * 6  # six kernels of each of two layers
+    assert ("all-reduce", "128") in table  # gradients of what is whole on each
+    assert "fused attention kernel" in said
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["config.py"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"mesh__data": -1}, "mesh.dry_run: no devices say what -1"),
+        ({"mesh__data": 3}, r"train\.batch_size=4 does not divide by .* = 3 x 1"),
+        ({"mesh__data": 1, "mesh__tensor": 4}, r"mesh\.tensor=4 does not divide model\.heads=2"),
+    ],
+)
+def test_a_mesh_without_size_or_sense_is_an_error(tmp_path, changes, message):
+    with pytest.raises(UserError, match=message):
+        dryrun.start(tiny.config(tmp_path, mesh__dry_run=True, **changes))
+
+
+def test_a_compilation_that_fails_is_an_error(tmp_path, monkeypatch):
+    ended = subprocess.CompletedProcess([sys.executable], -9, "")
+    monkeypatch.setattr(dryrun.subprocess, "run", lambda *_, **__: ended)
+    with pytest.raises(UserError, match=r"mesh\.dry_run: compiling for 2 devices ended with status -9"):
+        dryrun.start(tiny.config(tmp_path, mesh__dry_run=True, mesh__data=2))

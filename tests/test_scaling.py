@@ -1,0 +1,52 @@
+"""The scaling benchmark at a toy size on two virtual devices, and what it reads off a schedule."""
+
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+from benchmarks import scaling
+
+ROOT = pathlib.Path(__file__).parent.parent
+
+SCHEDULE = """
+  %all-reduce-start.1 = (f32[8]{0}, f32[8]{0}) all-reduce-start(%a, %b), replica_groups={{0,1}}
+  %f.1 = f32[8]{0} fusion(%c), kind=kLoop
+  %async.2 = ((f32[8]), f32[4]) async-start(%d), calls=%scatter
+  %f.2 = f32[8]{0} custom-call(%c), custom_call_target="gemm"
+  %done = (f32[8]{0}, f32[8]{0}) all-reduce-done(%all-reduce-start.1)
+  %done.2 = f32[4] async-done(%async.2)
+"""
+
+
+def test_kernels_beside_a_collective_are_counted():
+    assert scaling.overlaps(SCHEDULE) == [2, 1]
+
+
+def test_one_device_is_the_yardstick_whatever_is_asked_for():
+    found = scaling.contenders("base", ["data", "fsdp"], [1, 2], ["default", "xla_a=true,xla_b=7"])
+    assert [(one.mesh, one.devices) for one in found] == [("data", 1), *[("data", 2)] * 2, *[("fsdp", 2)] * 2]
+    assert found[2].options == {"xla_a": True, "xla_b": "7"}
+
+
+def test_the_benchmark_leaves_a_record_of_each_mesh(tmp_path):
+    flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=2"
+    arguments = ["--devices=2", "--sizes=tiny", "--rows=2", "--length=16", "--vocabulary=60", "--turns=2", "--steps=1"]
+    shape = [f"--set=model.{text}" for text in ("layers=1", "width=16", "hidden=32", "embedding=8", "vocab_multiple=8")]
+    ended = subprocess.run(
+        [sys.executable, "-m", "benchmarks.scaling", *arguments, *shape, f"--out={tmp_path}"],
+        env=os.environ | {"XLA_FLAGS": flags, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+    )
+    assert ended.returncode == 0, ended.stderr
+    records = [json.loads(line) for line in (tmp_path / "scaling.jsonl").read_text().splitlines()]
+    assert [(r["mesh"], r["devices"], len(r["step_ms"])) for r in records] == [
+        ("data", 1, 2),
+        ("data", 2, 2),
+        ("fsdp", 2, 2),
+    ]
+    kinds = [{row[0] for row in r["collectives"]} for r in records]
+    assert (kinds[0], kinds[1], "all-gather" in kinds[2]) == (set(), {"all-reduce"}, True)
+    assert "| 2 | fsdp | default |" in (tmp_path / "scaling.md").read_text()
