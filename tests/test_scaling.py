@@ -6,7 +6,10 @@ import pathlib
 import subprocess
 import sys
 
-from benchmarks import scaling
+import pytest
+
+from benchmarks import projection, scaling
+from configs import base
 
 ROOT = pathlib.Path(__file__).parent.parent
 
@@ -50,3 +53,21 @@ def test_the_benchmark_leaves_a_record_of_each_mesh(tmp_path):
     kinds = [{row[0] for row in r["collectives"]} for r in records]
     assert (kinds[0], kinds[1], "all-gather" in kinds[2]) == (set(), {"all-reduce"}, True)
     assert "| 2 | fsdp | default |" in (tmp_path / "scaling.md").read_text()
+
+
+def test_the_projection_in_the_documents_is_the_one_that_is_computed():
+    text = (ROOT / "docs" / "scaling.md").read_text()
+    assert "\n".join(projection.markdown()) in text
+    assert f"u = {projection.utilisation():.1%}" in text
+
+
+def test_rings_within_and_between_islands_add_up():
+    machine = projection.Machine("toy", 8, 4, 1e12, inside=100.0, island=4, outside=10.0)
+    inside, outside = 2 * 3 / 4 * 1000 / 100, 2 * 1 / 2 * (1000 / 4) / 10
+    assert projection.all_reduce_seconds(machine, 1000) == pytest.approx((inside + outside) / projection.RATE)
+
+
+def test_the_projected_models_are_those_of_the_configurations():
+    for model in (projection.BASE, projection.LARGE):
+        c = base.get_config(model.name).model
+        assert (model.layers, model.width, model.hidden) == (c.layers, c.width, c.hidden)
