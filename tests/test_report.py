@@ -143,7 +143,7 @@ def test_a_length_that_positions_do_not_reach_is_not_applicable(copy):
 
 
 def test_unfinished_and_failed_runs_are_named_and_in_no_mean(copy):
-    (copy / "composite-1" / "summary.json").unlink()
+    write(copy / "composite-1" / "summary.json", {"step": 3, "eval_loss": 1.0})  # of a shorter run, since prolonged
     shutil.rmtree(copy / "composite-2")
     write(copy / "status" / "composite-2.json", {"state": "failed", "stage": "pretrain", "error": "out of memory"})
     shutil.rmtree(copy / "fixed-0")
@@ -159,7 +159,15 @@ def test_unfinished_and_failed_runs_are_named_and_in_no_mean(copy):
     found = rows(tables.overview(c))
     assert found["composite"]["seeds"] == "1 of 3"
     assert found["composite"]["held-out loss"] == "3.310"
+    assert found["composite"]["word_order (accuracy)"] == "67.9 ± 1.4°"  # of the finished run's two fine-tunings
     assert found["fixed"]["held-out loss"] == "—"
+
+
+def test_a_loss_that_is_no_number_is_missing(copy):
+    (copy / "fixed-0" / "summary.json").write_text('{"step": 6, "eval_loss": Infinity}')
+    c = runs.collect([str(copy)])
+    assert lacking(c) == {("fixed-0", "summary.json has no held-out loss")}
+    assert rows(tables.overview(c))["fixed"]["held-out loss"] == "—"
 
 
 def test_a_sweep_that_has_only_begun_is_reported(tmp_path, no_drawing):
@@ -181,7 +189,7 @@ def test_unequal_conditions_are_said(tmp_path):
 
 
 def test_single_runs_are_grouped_by_their_settings(tmp_path):
-    for folder, seed, changes in (("x-0", 0, {}), ("x-1", 1, {}), ("y", 0, {"model__radius": 1})):
+    for folder, seed, changes in (("x-0", 0, {}), ("x-1", 1, {}), ("y", 2, {"model__radius": 1})):
         run = pretraining(tmp_path / folder, 3.0)
         write(run / "config.json", pretend_runs.config_of("x", seed, **changes))
     c = runs.collect([str(tmp_path / name) for name in ("x-0", "x-1")])
@@ -249,7 +257,7 @@ def test_lines_are_told_apart_without_colour():
     assert len(set(marks)) == 40
 
 
-HOSTILE = '<script>alert("x")</script>$\\frac{&'
+HOSTILE = '<script>alert("x")</script>$\\frac{&$'
 
 
 def test_hostile_run_folders_stay_text(tmp_path):
@@ -267,6 +275,7 @@ def test_hostile_run_folders_stay_text(tmp_path):
     sentence = "a <b> $x^ & 'c'"
     names = json.dumps({"variants": [HOSTILE, 3], "jobs": {"../../etc": {"variant": HOSTILE, "stages": [HOSTILE, 4]}}})
     write(folder / "sweep.json", names)
+    assert all(run.folder.parent == folder for run in runs.collect([str(folder)]).runs())
     html_path, markdown_path = command.write([str(folder)], sentence=sentence)
     seen = Page(html_path.read_text())
     assert [tag for tag, _ in seen.elements].count("script") == 1
@@ -286,7 +295,7 @@ def test_a_damaged_file_counts_as_missing(copy, damaged, no_drawing):
         "attention": attention_file(run, pretend_runs.SENTENCE),
         "results": copy / "fixed-0-probes" / "results.json",
     }.get(damaged, run / damaged)
-    for content in (b"\x00\xff{[[", b'{"step": "six", "eval_loss": Infinity, "train": 3}', b""):
+    for content in (b"\x00\xff{[[", b"PK\x03\x04cut", b'{"step": "six", "eval_loss": Infinity, "train": 3}', b""):
         path.write_bytes(content)
         text = command.write([str(copy)])[0].read_text()
         assert "fixed" in text
