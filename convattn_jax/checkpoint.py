@@ -6,6 +6,7 @@ not loaded, and the step before is taken. Orbax alone would restore a flipped bi
 Older checkpoints go only once a newer one is vouched for.
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -89,7 +90,8 @@ class Checkpoints:
             if distributed.first_process():
                 write_manifest(self._folder / str(step), step, loss, notes)
                 for path in surplus(self._folder, step, self._keep):
-                    path.rmtree()
+                    with contextlib.suppress(OSError):
+                        path.rmtree()
         except BaseException as failure:
             self._failure = failure
 
@@ -135,7 +137,8 @@ class Checkpoints:
     def _cleared(self, report: Callable[[str], None]) -> int | None:
         """The newest whole step, once what a killed process was writing is gone: it takes the room of the next one."""
         for path in self._folder.glob(f"*{UNFINISHED}*") if self._folder.exists() else ():
-            path.rmtree()
+            with contextlib.suppress(OSError):  # what can't go now goes with a later one
+                path.rmtree()
         return newest_whole(self._folder, report)
 
     def check_room(self, like: TrainState) -> None:
@@ -269,7 +272,7 @@ def _manifest_of(folder: epath.Path) -> dict[str, Any]:
     """The manifest of a checkpoint; empty if it can't be read."""
     try:
         manifest = json.loads((folder / MANIFEST).read_text())
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
     return manifest if isinstance(manifest, dict) else {}
 

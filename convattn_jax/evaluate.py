@@ -149,7 +149,7 @@ def save_attention(path: epath.PathLike, found: AttentionMaps) -> None:
 
 def load_attention(path: epath.PathLike) -> AttentionMaps:
     """What `save_attention` wrote; errors as of `numpy.load`."""
-    with epath.Path(path).open("rb") as file, np.load(file) as arrays:
+    with epath.Path(path).open("rb") as file, np.load(file, allow_pickle=False) as arrays:
         return AttentionMaps([str(token) for token in arrays["tokens"]], np.asarray(arrays["maps"], np.float32))
 
 

@@ -57,7 +57,7 @@ def load_kernels(path: epath.PathLike) -> dict[str, Kernel]:
     Raises:
       OSError, ValueError: it is not there, or damaged.
     """
-    with epath.Path(path).open("rb") as file, np.load(file) as arrays:
+    with epath.Path(path).open("rb") as file, np.load(file, allow_pickle=False) as arrays:
         found = dict(arrays)
     return {name: Kernel(found[name], found.get(f"{name}{SPREAD}")) for name in found if not name.endswith(SPREAD)}
 

@@ -10,7 +10,8 @@ import threading
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from convattn_jax.config import Interrupted, UserError, check_choice, parse
+from convattn_jax import determinism
+from convattn_jax.config import Interrupted, UserError, check_choice, flatten, parse
 
 TASKS = {"pretrain": "convattn_jax.pretrain", "finetune": "convattn_jax.finetune"}
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -43,6 +44,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             command = parse(argv)
             task = str(command.config.task)
             check_choice("task", task, TASKS)
+            if flatten(command.config).get("train.deterministic"):
+                determinism.ask_for(command.workdir)
             module = importlib.import_module(TASKS[task])  # and jax, now that the command line is known to be good
             from convattn_jax import compiled, distributed
 

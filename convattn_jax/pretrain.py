@@ -13,7 +13,18 @@ import numpy as np
 from jax import Array
 from jax.sharding import Mesh
 
-from convattn_jax import checkpoint, diagnosis, distributed, dryrun, events, interrupt, memory, sharding, train
+from convattn_jax import (
+    checkpoint,
+    determinism,
+    diagnosis,
+    distributed,
+    dryrun,
+    events,
+    interrupt,
+    memory,
+    sharding,
+    train,
+)
 from convattn_jax.account import KINDS, Account
 from convattn_jax.config import Interrupted, check, flatten, from_config, to_plain
 from convattn_jax.console import Console, duration
@@ -40,6 +51,11 @@ def run(config: ml_collections.ConfigDict, workdir: str, console: Console | None
         c = from_config(PretrainConfig, config)
         folder = RunFolder(workdir)
         mesh = sharding.make_mesh(c.mesh)
+        check(
+            not c.train.deterministic or jax.default_backend() != "gpu" or determinism.is_asked_for(),
+            f"train.deterministic: XLA must be told before it starts: set XLA_FLAGS={determinism.EXCLUDED}, or use the "
+            "command line",
+        )
         sharding.check_divides(mesh, c.train.batch_size, c.train.accumulate, c.model.heads)
         changes = folder.check_belongs(to_plain(c)) if first else []
         if first:
@@ -49,6 +65,8 @@ def run(config: ml_collections.ConfigDict, workdir: str, console: Console | None
         with distributed.together():
             prepared = find_rows(c, folder, console)
             folder.path.mkdir(parents=True, exist_ok=True)
+            if c.train.deterministic:
+                (folder.path / determinism.FOLDER).mkdir(exist_ok=True)
         distributed.check_same({"data": prepared.fingerprint, "tokenizer": prepared.tokenizer.digest})
         distributed.check_shared(folder.path)
         with distributed.together():

@@ -28,6 +28,7 @@ FIXED = {  # the longest that matches counts
 
 # Keys younger than the first run folders, with the value that means what was done before there was the key.
 ADDED = {
+    "data.fraction": 1.0,
     "train.skip_nonfinite": 0,
     "train.deterministic": False,
     "resume.allow": [],

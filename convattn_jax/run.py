@@ -101,7 +101,7 @@ class RunFolder:
 
     def rows(self) -> list[dict[str, float | int]]:
         """The rows of metrics.jsonl; a last line cut short by a killed process is left out."""
-        return list(_parsed(self.metrics.read_text().splitlines())) if self.metrics.exists() else []
+        return list(_parsed(self.metrics.read_bytes().splitlines())) if self.metrics.exists() else []
 
     def keep_rows(self, last_step: int) -> list[dict[str, float | int]]:
         """Drops the rows after a step, so that each step stands there once when training goes on from it."""
@@ -115,12 +115,15 @@ class RunFolder:
             file.write(json.dumps(row) + "\n")
 
 
-def _parsed(lines: Iterable[str]):
+def _parsed(lines: Iterable[bytes]):
     for line in lines:
         try:
-            yield json.loads(line)
-        except ValueError:
+            row = json.loads(line)
+        except (ValueError, RecursionError):
             return
+        if not isinstance(row, dict) or not isinstance(row.get("step"), int):
+            return
+        yield row
 
 
 def read_json(path: epath.Path) -> dict[str, Any]:
@@ -131,7 +134,7 @@ def read_json(path: epath.Path) -> dict[str, Any]:
     """
     try:
         value = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path} cannot be read ({error}): is it a run folder of this program?") from error
     if not isinstance(value, dict):
         raise UserError(f"{path} holds no JSON object: is it a run folder of this program?")

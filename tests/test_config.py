@@ -146,28 +146,28 @@ def test_the_run_folder_is_named_after_the_configuration():
     assert command(f"--config={COMPOSITE}", "--workdir=there").workdir == "there"
 
 
-@pytest.mark.parametrize(
-    ("args", "messages"),
-    [
-        ([], ["--config=FILE is missing; there are: ", "composite.py", "no_positions.py"]),
-        (["--config"], ["--config=FILE is missing"]),
-        (["--config=none.py"], ["--config=none.py: no such file; there are: ", "bert.py"]),
-        (["--config=" + COMPOSITE + ":huge"], ["size 'huge' is unknown; known: tiny, small, base"]),
-        ([f"--config={COMPOSITE}", f"--config={COMPOSITE}"], ["--config stands there twice"]),
-        ([f"--config={COMPOSITE}", "--config.model.raduis=4"], ["did you mean --config.model.radius?"]),
-        ([f"--config={COMPOSITE}", "--config.modle.radius=4"], ["did you mean --config.model.radius?"]),
-        ([f"--config={COMPOSITE}", "--config.radius=4"], ["did you mean --config.model.radius?"]),
-        ([f"--config={COMPOSITE}", "--config.sede=4"], ["did you mean --config.seed?"]),
-        ([f"--config={COMPOSITE}", "--config.data.file=4"], ["did you mean --config.data.files?"]),
-        ([f"--config={COMPOSITE}", "--config.mesh=4"], ["it is a group, with config.mesh.data"]),
-        ([f"--config={COMPOSITE}", "--radius=4"], ["--radius is no option; did you mean --config.model.radius?"]),
-        ([f"--config={COMPOSITE}", "--workdri=4"], ["--workdri is no option (did you mean 'workdir'?)"]),
-        ([f"--config={COMPOSITE}", "--config.seed=x"], ["--config.seed=x"]),
-        ([f"--config={COMPOSITE}", "--config.train.steps=1.5"], ["--config.train.steps=1.5"]),
-        ([f"--config={COMPOSITE}", "--config.train.steps"], ["config.train.steps"]),
-        ([f"--config={COMPOSITE}", "train"], ["unexpected argument", "--name=value"]),
-    ],
-)
+COMMAND_LINES = [
+    ([], ["--config=FILE is missing; there are: ", "composite.py", "no_positions.py"]),
+    (["--config"], ["--config=FILE is missing"]),
+    (["--config=none.py"], ["--config=none.py: no such file; there are: ", "bert.py"]),
+    (["--config=" + COMPOSITE + ":huge"], ["size 'huge' is unknown; known: tiny, small, base"]),
+    ([f"--config={COMPOSITE}", f"--config={COMPOSITE}"], ["--config stands there twice"]),
+    ([f"--config={COMPOSITE}", "--config.model.raduis=4"], ["did you mean --config.model.radius?"]),
+    ([f"--config={COMPOSITE}", "--config.modle.radius=4"], ["did you mean --config.model.radius?"]),
+    ([f"--config={COMPOSITE}", "--config.radius=4"], ["did you mean --config.model.radius?"]),
+    ([f"--config={COMPOSITE}", "--config.sede=4"], ["did you mean --config.seed?"]),
+    ([f"--config={COMPOSITE}", "--config.data.file=4"], ["did you mean --config.data.files?"]),
+    ([f"--config={COMPOSITE}", "--config.mesh=4"], ["it is a group, with config.mesh.data"]),
+    ([f"--config={COMPOSITE}", "--radius=4"], ["--radius is no option; did you mean --config.model.radius?"]),
+    ([f"--config={COMPOSITE}", "--workdri=4"], ["--workdri is no option (did you mean 'workdir'?)"]),
+    ([f"--config={COMPOSITE}", "--config.seed=x"], ["--config.seed=x"]),
+    ([f"--config={COMPOSITE}", "--config.train.steps=1.5"], ["--config.train.steps=1.5"]),
+    ([f"--config={COMPOSITE}", "--config.train.steps"], ["config.train.steps"]),
+    ([f"--config={COMPOSITE}", "train"], ["unexpected argument", "--name=value"]),
+]
+
+
+@pytest.mark.parametrize(("args", "messages"), COMMAND_LINES)
 def test_what_is_wrong_with_a_command_line_is_said_in_one_line(args, messages):
     with pytest.raises(UserError) as error:
         command(*args)
@@ -177,16 +177,16 @@ def test_what_is_wrong_with_a_command_line_is_said_in_one_line(args, messages):
         assert message in text
 
 
-@pytest.mark.parametrize(
-    ("source", "message"),
-    [
-        ("1 +", "SyntaxError"),
-        ("x = 1", "get_config"),
-        ("import no_such_module", "no_such_module"),
-        ("def get_config(size=''): return {}[size]", "KeyError"),
-        ("def get_config(): return 3", "get_config must return a ConfigDict"),
-    ],
-)
+CONFIGURATION_FILES = [
+    ("1 +", "SyntaxError"),
+    ("x = 1", "get_config"),
+    ("import no_such_module", "no_such_module"),
+    ("def get_config(size=''): return {}[size]", "KeyError"),
+    ("def get_config(): return 3", "get_config must return a ConfigDict"),
+]
+
+
+@pytest.mark.parametrize(("source", "message"), CONFIGURATION_FILES)
 def test_a_broken_configuration_file_is_named(tmp_path, source, message):
     path = tmp_path / "broken.py"
     path.write_text(source)

@@ -72,6 +72,21 @@ ERRORS = {
     "tokenizer": (["--config.tokenizer.model=none.model"], "tokenizer.model: none.model cannot be read"),
     "cache": (["--config.data.cache_dir=file/cache"], "data.cache_dir=file/cache: cannot be written"),
     "run folder": (["--workdir=file/run"], "--workdir=file/run cannot be written"),
+    "run folder without permission": (["--workdir=/proc/run"], "--workdir=/proc/run cannot be written"),
+    "cache without permission": (["--config.data.cache_dir=/proc/cache"], "data.cache_dir=/proc/cache: cannot be"),
+    "steps": (["--config.train.steps=0"], "train.steps=0 must be at least 1"),
+    "batch": (["--config.train.batch_size=0"], "train.batch_size=0 must be at least 1"),
+    "updates left out": (["--config.train.skip_nonfinite=-1"], "train.skip_nonfinite=-1 must be 0 or more"),
+    "interval": (["--config.checkpoint.every_seconds=-1"], "checkpoint.every_seconds=-1.0 must be 0 or more"),
+    "checkpoints kept": (["--config.checkpoint.keep=0"], "checkpoint.keep=0 must be at least 1"),
+    "patience": (["--config.watchdog.frozen_seconds=0"], "watchdog.frozen_seconds=0 must be at least 1"),
+    "change": (["--config.resume.allow=seed"], "resume.allow=seed cannot be changed in a run that has begun"),
+    "layout": (["--config.data.layout=pears"], "data.layout='pears' is unknown (did you mean 'pairs'?)"),
+    "source": (["--config.data.source=web"], "data.source='web' is unknown"),
+    "kernel": (["--config.model.kernel=fast"], "model.kernel='fast' is unknown"),
+    "dtype": (["--config.model.dtype=float61"], "model.dtype='float61' is unknown"),
+    "mixer": (["--config.model.mixer=atention"], "model.mixer='atention' is unknown (did you mean 'attention'?)"),
+    "clip": (["--config.optimizer.clip=0"], "optimizer.clip=0.0 must be positive"),
 }
 
 

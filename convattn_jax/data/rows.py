@@ -173,7 +173,7 @@ def _open(folder: pathlib.Path, fingerprint: str, tokenizer: Tokenizer) -> Prepa
         whole = (manifest["version"], manifest["fingerprint"]) == (VERSION, fingerprint)
         for split in SPLITS:
             whole = whole and (folder / f"{split}.bin").stat().st_size == rows[split] * length * dtype.itemsize
-        counts = np.load(folder / "counts.npy")
+        counts = np.load(folder / "counts.npy", allow_pickle=False)
     except (OSError, ValueError, KeyError, TypeError, EOFError) as error:
         raise UserError(f"data.cache_dir: {folder} is damaged ({type(error).__name__}: {error}); {remedy}") from error
     check(whole, f"data.cache_dir: {folder} is damaged: its files are not what its manifest says; {remedy}")

@@ -3,6 +3,7 @@
 import io
 import math
 import pathlib
+import zipfile
 from collections.abc import Mapping
 from typing import Any
 
@@ -105,8 +106,11 @@ def prediction(folder: RunFolder, task: str, split: str) -> dict[str, np.ndarray
     path = _prediction(folder, task, split)
     if not path.exists():
         return {}
-    with path.open("rb") as file:
-        return dict(np.load(file))
+    try:
+        with path.open("rb") as file:
+            return dict(np.load(file, allow_pickle=False))
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile):  # damaged: it will be predicted anew
+        return {}
 
 
 def predictions(folder: RunFolder) -> dict[str, dict[str, tuple[np.ndarray, np.ndarray]]]:
