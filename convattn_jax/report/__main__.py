@@ -48,10 +48,10 @@ def write(paths: Sequence[str], baseline: str = "", sentence: str = "", out: str
     first = pathlib.Path(paths[0])
     folder = pathlib.Path(out) if out else first.parent if (first / "config.json").exists() else first
     every = list(c.runs())
-    title = f"{len(c.variants)} variants: {first.resolve().name}"
+    title = f"{_count(len(c.variants), 'variant')}: {first.resolve().name}"
     unfinished = sum(bool(run.missing) for run in every)
     lead = [
-        f"{len(every)} pre-trainings of {len(c.variants)} variants"
+        f"{_count(len(every), 'pre-training')} of {_count(len(c.variants), 'variant')}"
         + (f", compared with {c.baseline}." if c.baseline else "; no variant to compare them with was found.")
         + (f" Incomplete: {unfinished} (see below)." if unfinished else ""),
         *tables.notes(c),
@@ -82,6 +82,10 @@ def write(paths: Sequence[str], baseline: str = "", sentence: str = "", out: str
         "report.md": markdown.document(title, lead, [overview, missing, differences, winners, distances, lengths]),
     }
     return [_written(folder / name, text) for name, text in texts.items()]
+
+
+def _count(number: int, thing: str) -> str:
+    return f"{number} {thing}{'' if number == 1 else 's'}"
 
 
 def _written(path: pathlib.Path, text: str) -> pathlib.Path:
