@@ -29,7 +29,7 @@ from convattn_jax.glue import examples, finished, metrics, results, submission, 
 from convattn_jax.glue.config import GlueConfig
 from convattn_jax.glue.data import TaskData, Texts, load_data
 from convattn_jax.glue.tasks import TASKS, Task, recipe, select, steps_for
-from convattn_jax.glue.training import Batch, Schedule, Trainer, bytes_per_seed, seeds_that_fit, stack
+from convattn_jax.glue.training import Batch, Schedule, Trainer, bytes_per_seed, make_compilers, seeds_that_fit, stack
 from convattn_jax.inference import Pretrained, load_run
 from convattn_jax.kernels.operations import operations_by
 from convattn_jax.model.classifier import SequenceClassifier
@@ -88,10 +88,10 @@ def run(config: ml_collections.ConfigDict, workdir: str, console: Console | None
     with folder.lock(), console or Console() as console, contextlib.ExitStack() as closing:
         pretrained.tokenizer.save(str(folder.path))
         folder.write("config", settings)
-        trainers = {
-            outputs: closing.enter_context(contextlib.closing(Trainer(classifier(pretrained, outputs))))
-            for outputs in sorted({task.outputs for task in tasks})
-        }
+        compilers = make_compilers()
+        closing.callback(compilers.shutdown, cancel_futures=True)
+        outputs = sorted({task.outputs for task in tasks})
+        trainers = {count: Trainer(classifier(pretrained, count), compilers) for count in outputs}
         finetunings = [
             _Finetuning(c.glue, task, data[task.name], pretrained, trainers[task.outputs], folder, console, account)
             for task in tasks

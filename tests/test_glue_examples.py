@@ -56,7 +56,7 @@ def test_the_longer_text_is_cut_first(a, b, room):
 
 
 def test_a_row_takes_the_shortest_bucket_that_holds_it():
-    assert buckets(np.array([1, 16, 17, 24, 128])).tolist() == [0, 0, 1, 1, len(BUCKETS) - 1]
+    assert buckets(np.array([1, 24, 25, 48, 128])).tolist() == [0, 0, 1, 1, len(BUCKETS) - 1]
     with pytest.raises(ValueError, match="a row of 129 tokens is longer than the last bucket, 128"):
         buckets(np.array([3, 129]))
 

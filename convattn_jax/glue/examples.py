@@ -13,7 +13,7 @@ import numpy as np
 from convattn_jax.config import check
 from convattn_jax.data.tokenizer import Tokenizer
 
-BUCKETS = (16, 24, 32, 48, 64, 96, 128)
+BUCKETS = (24, 48, 80, 128)  # few: on an accelerator each costs a compilation, which is longer than a small task
 
 
 class Encoded(NamedTuple):

@@ -105,15 +105,25 @@ def _rows_like(*shape: int) -> Rows:
 ADAM = optax.chain(optax.clip_by_global_norm(1.0), optax.scale_by_adam(eps=1e-8))
 
 
+def make_compilers() -> concurrent.futures.ThreadPoolExecutor:
+    """Threads for `Trainer`: few, so that the programs which are wanted first are ready first."""
+    return concurrent.futures.ThreadPoolExecutor(min(4, os.cpu_count() or 1), "compile")
+
+
+def _options() -> dict[str, str | bool] | None:
+    """Of the compiler: on GPUs no search for Triton matrix products, half of all compilation, which short runs are."""
+    return {"xla_gpu_enable_triton_gemm": False} if jax.default_backend() == "gpu" else None
+
+
 class Trainer:
     """The compiled programs of a model, for S seeds at once: a start, a step and a prediction.
 
-    A program serves one shape of batch. `prepare_step` and `prepare_predict` begin to compile those that will be
-    wanted, side by side and while others train; what nobody announced is compiled when it is met.
+    A program serves one shape of batch. `prepare_step` and `prepare_predict` hand to `compilers` those that will be
+    wanted, to be compiled side by side and while others train; what nobody announced is compiled when it is met.
     """
 
-    def __init__(self, model: SequenceClassifier):
-        self.model = model
+    def __init__(self, model: SequenceClassifier, compilers: concurrent.futures.Executor | None = None):
+        self.model, self._compilers = model, compilers or make_compilers()
         devices = jax.local_devices()
         self._mesh = jax.make_mesh((len(devices),), ("devices",), axis_types=(AxisType.Auto,), devices=devices)
         self._start = jax.jit(jax.vmap(self._start_one, in_axes=(0, None)))
@@ -121,11 +131,6 @@ class Trainer:
         self._step = jax.jit(self._step_all, donate_argnums=0)
         self._predict = jax.jit(jax.vmap(functools.partial(predict, model), in_axes=(0, None)))
         self._programs: dict[Hashable, concurrent.futures.Future[Any]] = {}
-        self._compilers = concurrent.futures.ThreadPoolExecutor(os.cpu_count(), "compile")
-
-    def close(self) -> None:
-        """Drops what waits to be compiled."""
-        self._compilers.shutdown(cancel_futures=True)
 
     def start(self, seeds: Sequence[int], encoders: Sequence[Params]) -> tuple[TrainState, Array]:
         """States of all seeds, (S, ...), and their keys: heads drawn by seed, encoders given, one or one a seed."""
@@ -145,7 +150,7 @@ class Trainer:
             state, keys = (self._placed(tree, seeds) for tree in (jax.eval_shape(self._start, keys, encoder), keys))
             label: Any = jax.ShapeDtypeStruct((seeds, rows), np.float32 if self.model.classes == 1 else np.int32)
             batch = self._placed(Batch(_rows_like(seeds, rows, length), label), seeds, 0, 1)
-            return self._step.lower(state, batch, keys, jax.ShapeDtypeStruct((), np.float32)).compile()
+            return self._step.lower(state, batch, keys, jax.ShapeDtypeStruct((), np.float32)).compile(_options())
 
         return self._program(("step", seeds, rows, length), compile_step)
 
@@ -156,7 +161,7 @@ class Trainer:
             params = jax.eval_shape(self.model.initial_params, jax.random.key(0))
             stacked = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((seeds, *leaf.shape), leaf.dtype), params)
             batch = self._placed(_rows_like(rows, length), seeds, None, 0)
-            return self._predict.lower(self._placed(stacked, seeds), batch).compile()
+            return self._predict.lower(self._placed(stacked, seeds), batch).compile(_options())
 
         return self._program(("predict", seeds, rows, length), compile_predict)
 

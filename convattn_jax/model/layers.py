@@ -69,31 +69,30 @@ def gelu(x: Array) -> Array:
     return _gelu_forward(x)[0]
 
 
-def _normal(x: Array, half: bool) -> tuple[Array, Array]:
-    """Phi(x) and exp(-x^2 / 2).
-
-    For half precision by Abramowitz & Stegun 1964, 7.1.26, within 8e-8: a quarter of the instructions, one exponential
-    for both, and no division.
+def _normal_cdf(x: Array, bell: Array, half: bool) -> Array:
+    """Phi(x), of x and `bell` = exp(-x^2 / 2); for half precision by Abramowitz & Stegun 1964, 7.1.26, within 8e-8: a
+    quarter of the instructions, and no division.
     """
-    bell = jnp.exp(-0.5 * x * x)
     if not half:
-        return 0.5 * (1 + jax.lax.erf(x * math.sqrt(0.5))), bell
+        return 0.5 * (1 + jax.lax.erf(x * math.sqrt(0.5)))
     root = jax.lax.rsqrt(1 + 0.3275911 * math.sqrt(0.5) * jnp.abs(x))
     t, tail = root * root, 0.0
     for coefficient in (1.061405429, -1.453152027, 1.421413741, -0.284496736, 0.254829592):
         tail = (tail + 0.5 * coefficient) * t
-    return jnp.where(x < 0, tail * bell, 1 - tail * bell), bell
+    return jnp.where(x < 0, tail * bell, 1 - tail * bell)
 
 
 def _gelu_forward(x: Array) -> tuple[Array, Array]:
     wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
-    return (wide * _normal(wide, wide.dtype != x.dtype)[0]).astype(x.dtype), x
+    # not the backward pass's expression: the compiler would keep the exponential in float32 rather than make it twice
+    bell = jnp.exp(-jnp.square(math.sqrt(0.5) * jnp.abs(wide)))
+    return (wide * _normal_cdf(wide, bell, wide.dtype != x.dtype)).astype(x.dtype), x
 
 
 def _gelu_backward(x: Array, gradient: Array) -> tuple[Array]:
     wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
-    below, bell = _normal(wide, wide.dtype != x.dtype)
-    slope = below + wide * bell * (1 / math.sqrt(2 * math.pi))
+    bell = jnp.exp(wide * wide * -0.5)
+    slope = _normal_cdf(wide, bell, wide.dtype != x.dtype) + wide * bell * (1 / math.sqrt(2 * math.pi))
     return ((gradient * slope).astype(x.dtype),)
 
 
