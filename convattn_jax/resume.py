@@ -32,6 +32,7 @@ ADDED = {
     "train.skip_nonfinite": 0,
     "train.deterministic": False,
     "resume.allow": [],
+    "mesh.dry_run": False,
     "watchdog.killed_seconds": 100,
     "watchdog.frozen_seconds": 300,
 }

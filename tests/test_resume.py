@@ -54,7 +54,7 @@ def test_every_key_is_of_the_first_version_or_has_the_value_it_had_before_it_cam
 
 def test_a_folder_made_before_a_key_came_belongs_to_the_same_run():
     old = {key: value for key, value in config().items() if key not in ("resume", "watchdog")}
-    for group in ("train", "data"):
+    for group in ("train", "data", "mesh"):
         old[group] = {key: value for key, value in old[group].items() if f"{group}.{key}" not in ADDED}
     assert set(flatten(old)) == FIRST
     stored = completed(json.loads(json.dumps(old)))
