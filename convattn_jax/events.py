@@ -6,11 +6,16 @@ from collections.abc import Callable, Iterator, Mapping
 
 from etils import epath
 
+from convattn_jax.data import corpus
+
 
 @contextlib.contextmanager
 def recorder(folder: epath.Path, first_step: int, wanted: bool) -> Iterator[Callable[[Mapping[str, float]], None]]:
-    """A function that writes one row of metrics, if wanted; rows from `first_step` on replace an interrupted run's."""
-    if not wanted or importlib.util.find_spec("tensorboardX") is None:
+    """A function that writes one row of metrics, if wanted; none in a bucket, where files can't grow.
+
+    Rows from `first_step` on replace an interrupted run's.
+    """
+    if not wanted or corpus.in_a_bucket(folder) or importlib.util.find_spec("tensorboardX") is None:
         yield lambda row: None
         return
     from tensorboardX import SummaryWriter

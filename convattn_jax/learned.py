@@ -1,7 +1,6 @@
 """The convolution kernels a model has learned, ready to be drawn."""
 
 import io
-import pathlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -48,7 +47,7 @@ def save_kernels(kernels: Mapping[str, Kernel], path: epath.PathLike) -> None:
     arrays |= {f"{name}{SPREAD}": kernel.spread for name, kernel in kernels.items() if kernel.spread is not None}
     content = io.BytesIO()
     np.savez(content, **{name: np.asarray(array, np.float32) for name, array in arrays.items()})  # pyright: ignore[reportArgumentType]
-    corpus.write_atomically(pathlib.Path(path), content.getvalue())
+    corpus.write_atomically(path, content.getvalue())
 
 
 def load_kernels(path: epath.PathLike) -> dict[str, Kernel]:

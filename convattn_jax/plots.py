@@ -4,6 +4,7 @@ Only matplotlib's object interface is used (a `Figure` and its own canvas), neve
 pictures can be made from any thread and inside a notebook.
 """
 
+import io
 import os
 import pathlib
 import textwrap
@@ -16,6 +17,7 @@ from matplotlib.axes import Axes
 from matplotlib.colors import LinearSegmentedColormap, Normalize
 from matplotlib.figure import Figure
 
+from convattn_jax.data import corpus
 from convattn_jax.taps import FLAT, Kernel, census, centred, describe, signed
 
 INK, SOFT, FAINT = "#1c2430", "#6a7280", "#dfe3e8"
@@ -331,6 +333,11 @@ def _label_ends(axes: Axes, labels: Sequence[tuple[float, str, str, str]]) -> No
 
 def _save(figure: Figure, path: str | os.PathLike[str]) -> None:
     """Writes the picture in full or not at all."""
+    if corpus.in_a_bucket(path):
+        content = io.BytesIO()
+        figure.savefig(content, format=os.path.splitext(path)[1][1:] or "png")
+        corpus.write_atomically(path, content.getvalue())
+        return
     path = pathlib.Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}")
     try:

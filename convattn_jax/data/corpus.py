@@ -9,7 +9,9 @@ import tempfile
 from collections.abc import Callable, Iterator
 from typing import Any, Literal
 
-from convattn_jax.config import UserError
+from etils import epath
+
+from convattn_jax.config import UserError, check
 
 Document = list[str]  # lines (paragraphs), none of them empty, no newline inside
 Report = Callable[[str, int, int], None]  # (what, done, total); total 0: not known
@@ -98,6 +100,11 @@ def cache_folder(cache_dir: str) -> pathlib.Path:
     Raises:
       UserError: it cannot be made or written.
     """
+    check(
+        not in_a_bucket(cache_dir),
+        f"data.cache_dir={cache_dir}: token rows are mapped into memory, so each host needs them on a disk of its own; "
+        "name a local folder (--workdir and data.files may be gs://)",
+    )
     folder = pathlib.Path(cache_dir).expanduser()
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -110,8 +117,17 @@ def cache_folder(cache_dir: str) -> pathlib.Path:
     return folder
 
 
-def write_atomically(path: pathlib.Path, content: bytes) -> None:
+def in_a_bucket(path: epath.PathLike) -> bool:
+    """Whether a path is gs://... or the like: objects appear whole, can't be extended, and know no locks."""
+    return "://" in str(path)
+
+
+def write_atomically(path: epath.PathLike, content: bytes) -> None:
     """Writes a file so that nobody ever sees a part of it."""
+    if in_a_bucket(path):
+        epath.Path(path).write_bytes(content)
+        return
+    path = pathlib.Path(path)
     with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
         temporary = pathlib.Path(file.name)
         try:

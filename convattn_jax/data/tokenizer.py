@@ -8,7 +8,6 @@ import functools
 import hashlib
 import io
 import json
-import pathlib
 import random
 import re
 import unicodedata
@@ -17,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import sentencepiece
+from etils import epath
 
 from convattn_jax.config import UserError, check, check_choice
 from convattn_jax.data.config import NORMALIZATIONS
@@ -109,22 +109,22 @@ class Tokenizer:
         """The piece of one id, with U+2581 where a word begins."""
         return self._pieces[index]
 
-    def save(self, folder: pathlib.Path | str) -> None:
+    def save(self, folder: epath.PathLike) -> None:
         """Writes tokenizer.model and tokenizer.json into a folder that is there."""
-        folder = pathlib.Path(folder)
+        folder = epath.Path(folder)
         (folder / MODEL_FILE).write_bytes(self._model)
         meta = {"normalization": self.normalization, "size": self.size, "digest": self.digest}
         meta |= {name: getattr(self, name) for name in _NAMES}
         (folder / META_FILE).write_text(json.dumps(meta, indent=2) + "\n")
 
     @classmethod
-    def load(cls, folder: pathlib.Path | str) -> "Tokenizer":
+    def load(cls, folder: epath.PathLike) -> "Tokenizer":
         """Reads what `save` wrote.
 
         Raises:
           UserError: a file is missing or unreadable, or the two do not belong together.
         """
-        meta_path = pathlib.Path(folder) / META_FILE
+        meta_path = epath.Path(folder) / META_FILE
         try:
             meta = json.loads(meta_path.read_text())
             normalization, digest = meta["normalization"], meta["digest"]
@@ -138,13 +138,13 @@ class Tokenizer:
         return tokenizer
 
     @classmethod
-    def from_file(cls, path: pathlib.Path | str, normalization: str) -> "Tokenizer":
+    def from_file(cls, path: epath.PathLike, normalization: str) -> "Tokenizer":
         """Reads a SentencePiece .model, one's own or a foreign one.
 
         Raises:
           UserError: there is no such file, or it is none.
         """
-        path = pathlib.Path(path).expanduser()
+        path = epath.Path(path).expanduser()
         try:
             model = path.read_bytes()
         except OSError as error:
