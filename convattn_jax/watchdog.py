@@ -43,6 +43,7 @@ def watched(frozen_seconds: int) -> Iterator[Callable[[], None]]:
     if jax.process_count() == 1:
         yield lambda: None
         return
+    faulthandler.enable()  # the runtime ends a process by an abort: then too it says where it stood
     armed = -math.inf
 
     def alive() -> None:

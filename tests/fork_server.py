@@ -42,7 +42,7 @@ class ForkServer:
     def close(self) -> None:
         """Ends the server."""
         self._server.kill()
-        self._server.wait()
+        self._server.communicate()
 
 
 def _run(args: list[str], log: str) -> None:
