@@ -20,11 +20,11 @@ import jax
 from benchmarks.settings import configured
 from convattn_jax.config import from_config
 from convattn_jax.data import tokenizer as tokenizers
-from convattn_jax.finetune import classifier_of, edges_to, lengths_of
 from convattn_jax.glue import examples
 from convattn_jax.glue.config import SEEDS
 from convattn_jax.glue.data import Texts
 from convattn_jax.glue.sources import SOURCES
+from convattn_jax.glue.task_run import classifier_of, edges_to, lengths_of
 from convattn_jax.glue.tasks import Recipe, recipe, select
 from convattn_jax.glue.training import Schedule, Trainer, stack
 from convattn_jax.model.config import ModelConfig
@@ -41,7 +41,7 @@ class Bench(NamedTuple):
     pad: int
 
     def train(self, seeds: Sequence[int], edges: Sequence[int], steps: int) -> None:
-        """The first steps of the first epoch, batches included, as `convattn_jax.finetune` makes them."""
+        """The first steps of the first epoch, batches included, as `TaskRun` makes them."""
         size = self.recipe.batch_size
         plans = [examples.epoch_batches(lengths_of(self.texts), size, edges, self.task, 0, seed) for seed in seeds]
         parts = list(zip(*plans, strict=True))[:steps]

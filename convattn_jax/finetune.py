@@ -8,10 +8,7 @@ submission. A killed run goes on with the tasks and seeds that are not finished;
 
 import contextlib
 import dataclasses
-import hashlib
-import itertools
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -19,27 +16,22 @@ import ml_collections
 import numpy as np
 from etils import epath
 
-from convattn_jax import checkpoint, interrupt, memory
+from convattn_jax import checkpoint, memory
 from convattn_jax.account import KINDS, Account
-from convattn_jax.config import Interrupted, UserError, check, check_choice, from_config, to_plain
+from convattn_jax.config import UserError, check, check_choice, from_config, to_plain
 from convattn_jax.console import Console, duration
 from convattn_jax.data.config import DataConfig
 from convattn_jax.data.tokenizer import Tokenizer
-from convattn_jax.glue import examples, finished, metrics, results, submission, unfinished
+from convattn_jax.glue import examples, finished, results, submission
 from convattn_jax.glue.config import GlueConfig
-from convattn_jax.glue.data import TaskData, Texts, load_data
-from convattn_jax.glue.tasks import TASKS, Task, recipe, select, steps_for
-from convattn_jax.glue.training import Batch, Schedule, Trainer, bytes_per_seed, make_compilers, seeds_that_fit, stack
+from convattn_jax.glue.data import load_data
+from convattn_jax.glue.task_run import EVALUATION_BATCH, TaskRun, classifier, classifier_of, edges_to
+from convattn_jax.glue.tasks import TASKS, Task, recipe, select
+from convattn_jax.glue.training import Trainer, make_compilers
 from convattn_jax.inference import Pretrained, load_run
-from convattn_jax.kernels.operations import operations_by
-from convattn_jax.model.classifier import SequenceClassifier
 from convattn_jax.model.config import ModelConfig
-from convattn_jax.model.operations import PLAIN
 from convattn_jax.model.scores import TERMS
 from convattn_jax.run import RunFolder
-
-EVALUATION_BATCH = 128
-Params = Any
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,7 +85,7 @@ def run(config: ml_collections.ConfigDict, workdir: str, console: Console | None
         outputs = sorted({task.outputs for task in tasks})
         trainers = {count: Trainer(classifier(pretrained, count), compilers) for count in outputs}
         finetunings = [
-            _Finetuning(c.glue, task, data[task.name], pretrained, trainers[task.outputs], folder, console, account)
+            TaskRun(c.glue, task, data[task.name], pretrained, trainers[task.outputs], folder, console, account)
             for task in tasks
         ]
         for finetuning in finetunings:  # the compiler is at work on later tasks while the first ones train
@@ -141,211 +133,6 @@ def check_positions(c: GlueConfig, tasks: Sequence[Task], model: ModelConfig) ->
         f"glue.length={c.length}: the run of init_from has absolute positions for {model.max_length} tokens only; "
         f"set glue.length={model.max_length}",
     )
-
-
-class _Finetuning:
-    """One task: what is trained, where its seeds start, what they leave behind."""
-
-    def __init__(
-        self,
-        c: GlueConfig,
-        task: Task,
-        data: TaskData,
-        pretrained: Pretrained,
-        trainer: Trainer,
-        folder: RunFolder,
-        console: Console,
-        account: Account,
-    ):
-        self.c, self.task, self.data, self.console, self.account = c, task, data, console, account
-        self.pretrained, self.folder, self.trainer = pretrained, folder, trainer
-        self.recipe = recipe(c.preset, task)
-        steps = steps_for(task, c.preset, len(data.train(0).rows))
-        self.schedule = Schedule(steps, self.recipe.learning_rate, round(self.recipe.warmup * steps))
-        self.edges = edges_to(c.length_of(task))
-
-    def complete(self) -> None:
-        """Trains the seeds that are not finished, as many together as fit, and predicts the test rows."""
-        groups = self._groups()
-        self._say_starts(self.c.seeds_of(self.task), [seed for group in groups for seed in group])
-        for group in groups:
-            self._train(group)
-        self._predict_tests()
-
-    def _groups(self) -> list[list[int]]:
-        """The seeds that are not finished, those together that train together."""
-        ended, asked = finished.seeds(self.folder, self.task), self.c.seeds_of(self.task)
-        missing = [seed for seed in asked if seed not in ended]
-        begun = unfinished.begun(self.folder, self.task)
-        as_begun = set(begun.get("seeds", ())) <= set(asked) and begun == self._group(begun.get("seeds", ()))
-        before = begun["seeds"] if as_begun else []
-        parameters = sum(leaf.size for leaf in jax.tree.leaves(self.pretrained.params))
-        one = bytes_per_seed(self.trainer.model, parameters, self.recipe.batch_size, self.edges[-1])
-        devices = jax.local_devices()
-        together = self.c.together or seeds_that_fit(
-            one, max(len(missing), len(before)), memory_of(devices[0]), len(devices)
-        )
-        return unfinished.groups(missing, together, before)
-
-    def _group(self, seeds: Sequence[int]) -> dict[str, Any]:
-        """What decides about the numbers that seeds end with, when they train together."""
-        return {"seeds": list(seeds), "steps": self.schedule.steps, "starts_from": [self._start_of(s) for s in seeds]}
-
-    def compile_ahead(self) -> None:
-        """Has the compiler begin with the programs that `complete` will want, in that order."""
-        for seeds in dict.fromkeys(len(group) for group in self._groups()):
-            for length in examples.lengths_met(self._train_lengths(0), self.recipe.batch_size, self.edges):
-                self.trainer.prepare_step(seeds, self.recipe.batch_size, length)
-            for texts in self.data.evaluated.values():
-                for length in examples.lengths_met(lengths_of(texts), 1, self.edges):
-                    self.trainer.prepare_predict(seeds, EVALUATION_BATCH, length)
-
-    def _train_lengths(self, epoch: int) -> np.ndarray:
-        return lengths_of(self.data.train(epoch))
-
-    def _train(self, seeds: Sequence[int]) -> None:
-        began = time.perf_counter()
-        steps, name = self.schedule.steps, f"{self.task.name} x {len(seeds)}"
-        unfinished.begin(self.folder, self.task, self._group(seeds))
-        where = unfinished.checkpoints(self.folder, self.task)
-        with interrupt.deferred() as stop, contextlib.closing(checkpoint.Checkpoints(where, keep=1)) as checkpoints:
-            state, keys = self.trainer.start(seeds, self._encoders(seeds))
-            like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
-            saved = checkpoints.restore(like, self.console.message)
-            state = state if saved is None else saved.state
-            first = int(state.step[0])
-            again = f", from step {first} on" if first else ""
-            self.console.message(f"{name} seeds: {steps} steps of {self.recipe.batch_size} rows{again}")
-            self.account.charge("starting")
-            progress = unfinished.Progress(
-                self.task.name, seeds, steps, self.c.save_seconds, self.console, self.account, checkpoints, stop
-            )
-            batches = itertools.islice(self._batches(seeds, first), steps - first)
-            state = self.trainer.train(state, keys, self.schedule, batches, progress.report, progress.ends)
-            self.account.charge("training")
-        if int(state.step[0]) < steps:
-            step = int(state.step[0])
-            raise Interrupted(f"{name} seeds stopped at step {step}: the same command resumes from there")
-        logits = {split: self._logits(state.params, texts) for split, texts in self.data.evaluated.items()}
-        self.account.charge("evaluating")
-        seconds = time.perf_counter() - began
-        for i, seed in enumerate(seeds):
-            params = jax.tree.map(lambda leaf, i=i: leaf[i], state.params)
-            self._leave(seed, params, {split: values[i] for split, values in logits.items()}, seconds)
-        unfinished.end(self.folder, self.task)
-        self.account.charge("saving")
-
-    def _logits(self, params: Params, texts: Texts) -> np.ndarray:
-        """(S, N, C)"""
-        return self.trainer.predict(params, texts.rows, self.edges, EVALUATION_BATCH, self.pretrained.tokenizer.pad)
-
-    def _start_of(self, seed: int) -> str:
-        """The task whose encoder a seed starts from, '' for pre-training."""
-        source = TASKS.get(self.task.starts_from)
-        return source.name if source is not None and seed in finished.seeds(self.folder, source) else ""
-
-    def _say_starts(self, seeds: Sequence[int], missing: Sequence[int]) -> None:
-        name, source = self.task.name, self.task.starts_from
-        fresh = [seed for seed in missing if self._start_of(seed) != source]
-        if fresh:
-            self.console.message(f"{name}: no {source} run of seeds {fresh} here, they start from pre-training")
-        ended = [seed for seed in seeds if seed not in missing]
-        other = [s for s in ended if finished.read(self.folder, self.task, s)["starts_from"] != self._start_of(s)]
-        if other:
-            self.console.message(
-                f"{name}: seeds {other} started from pre-training, before {source} was there; to train them from it, "
-                f"delete {self.folder.path / 'tasks' / name}"
-            )
-
-    def _encoders(self, seeds: Sequence[int]) -> list[Params]:
-        """The pre-trained encoder, or for each seed where it starts."""
-        if not any(self._start_of(seed) for seed in seeds):
-            return [self.pretrained.params["encoder"]]
-        return [self._encoder(seed) for seed in seeds]
-
-    def _encoder(self, seed: int) -> Params:
-        source = self._start_of(seed)
-        if not source:
-            return self.pretrained.params["encoder"]
-        model = classifier(self.pretrained, TASKS[source].outputs)
-        return finished.params(self.folder, TASKS[source], model, seed)["encoder"]
-
-    def _batches(self, seeds: Sequence[int], first: int) -> Iterator[Batch]:
-        """A batch for each step after `first` others, (S, B, T): one bucket for all seeds, the rows each seed's own."""
-        size, pad = self.recipe.batch_size, self.pretrained.tokenizer.pad
-        for epoch in itertools.count():
-            texts = self.data.train(epoch)
-            lengths = self._train_lengths(epoch)
-            plans = [examples.epoch_batches(lengths, size, self.edges, self.task.name, epoch, seed) for seed in seeds]
-            skipped = min(first, len(plans[0]))
-            first -= skipped
-            for parts in itertools.islice(zip(*plans, strict=True), skipped, None):
-                yield stack(texts.rows, texts.labels, parts, size, pad)
-
-    def _leave(self, seed: int, params: Params, logits: dict[str, np.ndarray], seconds: float) -> None:
-        figures = {
-            finished.name(metric, split): value
-            for split, texts in self.data.evaluated.items()
-            for metric, value in metrics.evaluate(self.task.metrics, logits[split], texts.labels).items()
-        }
-        by_label = {
-            split: metrics.by_label(logits[split], texts.labels) for split, texts in self.data.evaluated.items()
-        }
-        ended = {"metrics": figures, "by_label": by_label, "starts_from": self._start_of(seed)}
-        ended |= {"steps": self.schedule.steps, "seconds": seconds}
-        finished.save(self.folder, self.task, seed, params, ended)
-
-    def _predict_tests(self) -> None:
-        """What the best seed says of the test rows, where it has not said it yet; needs no training."""
-        best = finished.best(self.folder, self.task)
-        digests = {key: digest_of(texts) for key, texts in self.data.tests.items()}
-        todo = []
-        for (task, split), digest in digests.items():
-            saved = finished.prediction(self.folder, task, split)
-            if not saved or (saved["seed"], saved["digest"]) != (best, digest):
-                todo.append((task, split))
-        if not todo:
-            return
-        params = finished.params(self.folder, self.task, self.trainer.model, best)
-        stacked = jax.tree.map(lambda leaf: leaf[None], params)
-        for task, split in todo:
-            texts = self.data.tests[task, split]
-            logits = self._logits(stacked, texts)[0]
-            finished.save_prediction(self.folder, task, split, best, digests[task, split], texts.idx, logits)
-
-
-def lengths_of(texts: Texts) -> np.ndarray:
-    """Tokens of each row."""
-    return np.asarray([len(row.ids) for row in texts.rows])
-
-
-def edges_to(length: int) -> list[int]:
-    """The lengths that rows of at most `length` tokens are padded to."""
-    return [*(edge for edge in examples.BUCKETS if edge < length), length]
-
-
-def classifier(pretrained: Pretrained, outputs: int) -> SequenceClassifier:
-    """The model of all tasks with so many outputs, on the shape of a pre-trained run."""
-    return classifier_of(pretrained.model.config, pretrained.tokenizer.size, outputs)
-
-
-def classifier_of(config: ModelConfig, vocabulary: int, outputs: int) -> SequenceClassifier:
-    """On one device with fused kernels; the compiler can't divide a kernel among several."""
-    operations = operations_by(config.kernel) if jax.local_device_count() == 1 else PLAIN
-    return SequenceClassifier(config, vocabulary, operations, classes=outputs)
-
-
-def memory_of(device: Any) -> int | None:
-    """Bytes a device has, or None where it doesn't say (CPU)."""
-    return (device.memory_stats() or {}).get("bytes_limit")
-
-
-def digest_of(texts: Texts) -> str:
-    """Of the rows to be predicted."""
-    digest = hashlib.blake2b(texts.idx.tobytes(), digest_size=16)
-    for row in texts.rows:
-        digest.update(row.ids.tobytes() + row.types.tobytes())
-    return digest.hexdigest()
 
 
 def finish(folder: RunFolder, console: Console, account: Account) -> results.Table:
