@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
+from flax import linen as nn
 from safetensors.numpy import save_file
 
 from convattn_jax import interop, reference_names
@@ -18,8 +19,9 @@ from convattn_jax.data import tokenizer
 from convattn_jax.inference import load_run
 from convattn_jax.interop import from_reference, to_reference
 from convattn_jax.model.classifier import SequenceClassifier
+from convattn_jax.model.convolution import convolve
 from convattn_jax.model.inputs import from_mask
-from convattn_jax.model.projections import projection
+from convattn_jax.model.projections import project, projection
 
 DATA = pathlib.Path(__file__).parent / "data"
 FIXTURES = sorted(path.stem for path in DATA.glob("*.npz"))
@@ -260,7 +262,8 @@ def test_projections_mean_what_pytorch_means(text, flag, name):
     inputs = from_mask(jnp.zeros((1, length), jnp.int32), jnp.asarray([[1] * (length - padded) + [0] * padded]))
     module = projection(c.value if name == "value" else c.query_key, c.width, (c.heads, c.head_size), name)
     params = variables["params"]["encoder"]["layer_0"]["attention"][name]
-    found = jax.jit(module.apply)({"params": params}, x, inputs)
+    alone = nn.apply(lambda module, *args: project([module], *args, convolve)[0], module)
+    found = jax.jit(alone)({"params": params}, x, inputs)
     own = {key.rpartition("self.")[2]: array for key, array in tensors.items() if "self." in key}
     np.testing.assert_allclose(np.reshape(found, (length, -1)), projected(text, x[0], own, name), rtol=0, atol=1e-12)
 

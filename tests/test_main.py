@@ -157,7 +157,7 @@ def test_the_command_itself_ends_with_status_2_and_no_traceback(tmp_path):
     ended = command("--config=configs/composite.py:huge", f"--workdir={tmp_path / 'run'}")
     assert (ended.returncode, ended.stdout) == (2, "")
     assert ended.stderr == (
-        "error: size 'huge' is unknown; known: tiny, small, base (as in configs/composite.py:small)\n"
+        "error: size 'huge' is unknown; known: tiny, small, base, large (as in configs/composite.py:small)\n"
     )
     assert not list(tmp_path.iterdir())
 
