@@ -24,6 +24,7 @@ from etils import epath
 from convattn_jax import distributed
 from convattn_jax.config import UserError, check
 from convattn_jax.console import human
+from convattn_jax.data import corpus
 from convattn_jax.train import TrainState
 
 MANIFEST = "manifest.json"
@@ -143,7 +144,7 @@ class Checkpoints:
 
     def check_room(self, like: TrainState) -> None:
         """Raises a `UserError` where the disk can't hold the checkpoints that a run keeps, the best and the next."""
-        if "://" in str(self._folder):
+        if corpus.in_a_bucket(self._folder):
             return
         self._folder.mkdir(parents=True, exist_ok=True)
         size = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(like))
@@ -314,7 +315,7 @@ def _files(folder: epath.Path, algorithm: Callable[[], Any], durable: bool = Fal
 
 def _to_disk(path: epath.Path) -> None:
     """Waits until a local file is on its disk; storage in a bucket is when it is closed."""
-    if "://" in str(path):
+    if corpus.in_a_bucket(path):
         return
     handle = os.open(path, os.O_RDONLY)
     try:

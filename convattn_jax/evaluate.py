@@ -11,7 +11,6 @@ import dataclasses
 import hashlib
 import io
 import math
-import pathlib
 import sys
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -142,9 +141,8 @@ def save_attention(path: epath.PathLike, found: AttentionMaps) -> None:
     """Writes a sentence's maps, all or nothing."""
     content = io.BytesIO()
     np.savez_compressed(content, tokens=np.asarray(found.tokens, np.str_), maps=found.maps.astype(np.float16))
-    local = pathlib.Path(path)
-    local.parent.mkdir(parents=True, exist_ok=True)
-    corpus.write_atomically(local, content.getvalue())
+    epath.Path(path).parent.mkdir(parents=True, exist_ok=True)
+    corpus.write_atomically(path, content.getvalue())
 
 
 def load_attention(path: epath.PathLike) -> AttentionMaps:

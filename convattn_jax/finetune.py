@@ -147,7 +147,7 @@ def finish(folder: RunFolder, console: Console, account: Account) -> results.Tab
     shown = [(label, folder.path / name) for label, name in names.items()]
     predictions = finished.predictions(folder)
     if predictions:
-        shown.append(("submission", epath.Path(submission.write(str(folder.path), predictions).path)))
+        shown.append(("submission", submission.write(folder.path, predictions).path))
     shown += [(KINDS[kind], duration(seconds)) for kind, seconds in account.seconds.items() if seconds]
     console.table(folder.path.name, shown)
     return table

@@ -60,7 +60,7 @@ def plot_kernels(kernels: Mapping[str, Kernel], path: str | os.PathLike[str], ti
         figure = _bars(terms, title, beside)
     else:
         figure = _strips(terms, title)
-    _save(figure, path)
+    save(figure, path)
     return True
 
 
@@ -307,7 +307,7 @@ def plot_losses(
     axes.set_xlabel("step", fontsize=8, color=SOFT)
     page.text(0.12, 0.12, title, 12, weight="bold")
     page.text(0.12, 0.38, what, 7.5, SOFT)
-    _save(page.figure, path)
+    save(page.figure, path)
     return True
 
 
@@ -331,7 +331,7 @@ def _label_ends(axes: Axes, labels: Sequence[tuple[float, str, str, str]]) -> No
         )  # fmt: skip
 
 
-def _save(figure: Figure, path: str | os.PathLike[str]) -> None:
+def save(figure: Figure, path: str | os.PathLike[str]) -> None:
     """Writes the picture in full or not at all."""
     if corpus.in_a_bucket(path):
         content = io.BytesIO()

@@ -42,8 +42,7 @@ class RunFolder:
         """Makes the folder one of a changed configuration; changes.jsonl keeps what it was."""
         changes = list(changes)
         if changes:
-            with (self.path / "changes.jsonl").open("a") as file:
-                file.writelines(json.dumps(dataclasses.asdict(change)) + "\n" for change in changes)
+            _add_lines(self.path / "changes.jsonl", map(dataclasses.asdict, changes))
             self.write("config", config)
 
     def check_writable(self) -> None:
@@ -113,11 +112,17 @@ class RunFolder:
 
     def append(self, row: Mapping[str, float | int]) -> None:
         """Adds a row to metrics.jsonl."""
-        if corpus.in_a_bucket(self.path):
-            write_atomically(self.metrics, "".join(json.dumps(one) + "\n" for one in [*self.rows(), row]))
-            return
-        with self.metrics.open("a") as file:
-            file.write(json.dumps(row) + "\n")
+        _add_lines(self.metrics, [row])
+
+
+def _add_lines(path: epath.Path, values: Iterable[Mapping[str, Any]]) -> None:
+    """Adds lines of JSON to a file; in a bucket it is written anew."""
+    lines = "".join(json.dumps(value) + "\n" for value in values)
+    if corpus.in_a_bucket(path):
+        write_atomically(path, (path.read_text() if path.exists() else "") + lines)
+        return
+    with path.open("a") as file:
+        file.write(lines)
 
 
 def _parsed(lines: Iterable[bytes]):

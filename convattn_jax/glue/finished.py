@@ -2,7 +2,6 @@
 
 import io
 import math
-import pathlib
 import zipfile
 from collections.abc import Mapping
 from typing import Any
@@ -98,7 +97,7 @@ def save_prediction(
     np.savez(content, seed=seed, digest=digest, idx=idx, logits=logits)
     path = _prediction(folder, task, split)
     path.parent.mkdir(exist_ok=True)
-    corpus.write_atomically(pathlib.Path(path), content.getvalue())
+    corpus.write_atomically(path, content.getvalue())
 
 
 def prediction(folder: RunFolder, task: str, split: str) -> dict[str, np.ndarray]:

@@ -1,8 +1,6 @@
 """From finished seeds to results.json, statistics.json, results.md and results.png."""
 
 import json
-import os
-import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -10,6 +8,7 @@ import numpy as np
 from etils import epath
 from matplotlib.figure import Figure
 
+from convattn_jax import plots
 from convattn_jax.run import write_atomically
 
 Table = Mapping[str, Mapping[str, Sequence[float]]]  # task -> metric -> one value a seed
@@ -49,7 +48,7 @@ def write(folder: epath.Path, table: Table) -> None:
     write_atomically(folder / "results.json", json.dumps({t: dict(m) for t, m in table.items()}, indent=2) + "\n")
     write_atomically(folder / "statistics.json", json.dumps(statistics(table), indent=2) + "\n")
     write_atomically(folder / "results.md", markdown(table))
-    plot({folder.name: table}, pathlib.Path(str(folder / "results.png")))
+    plot({folder.name: table}, folder / "results.png")
 
 
 def load(folder: epath.PathLike) -> dict[str, dict[str, list[float]]]:
@@ -57,7 +56,7 @@ def load(folder: epath.PathLike) -> dict[str, dict[str, list[float]]]:
     return json.loads((epath.Path(folder) / "results.json").read_text())
 
 
-def plot(runs: Mapping[str, Table], path: str | os.PathLike[str]) -> None:
+def plot(runs: Mapping[str, Table], path: epath.PathLike) -> None:
     """Per task and metric the seeds as points, their mean as a line; several runs side by side."""
     names = list(dict.fromkeys((task, metric) for table in runs.values() for task in table for metric in table[task]))
     figure = Figure(figsize=(max(4.0, 1.1 * len(names) + 1.5), 3.4), dpi=150, layout="constrained")
@@ -80,6 +79,4 @@ def plot(runs: Mapping[str, Table], path: str | os.PathLike[str]) -> None:
         axes.spines[side].set_visible(False)
     if len(runs) > 1:
         axes.legend(frameon=False, fontsize=8)
-    temporary = f"{os.fspath(path)}.tmp"
-    figure.savefig(temporary, format="png")
-    os.replace(temporary, path)
+    plots.save(figure, path)

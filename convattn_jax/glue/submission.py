@@ -2,12 +2,12 @@
 
 import io
 import logging
-import pathlib
 import zipfile
 from collections.abc import Mapping
 from typing import NamedTuple
 
 import numpy as np
+from etils import epath
 
 from convattn_jax.data.corpus import write_atomically
 from convattn_jax.glue.tasks import GLUE, TASKS, Task
@@ -29,7 +29,7 @@ class Prediction(NamedTuple):
 class Submission(NamedTuple):
     """The zip that was written, and for each file that it lacks, wholly or in part, what is the matter."""
 
-    path: pathlib.Path
+    path: epath.Path
     missing: tuple[str, ...]
 
 
@@ -53,7 +53,7 @@ def to_tsv(task: Task, prediction: Prediction) -> str:
 
 
 def write(
-    folder: pathlib.Path | str, predictions: Mapping[str, Mapping[str, Prediction | tuple[np.ndarray, np.ndarray]]]
+    folder: epath.PathLike, predictions: Mapping[str, Mapping[str, Prediction | tuple[np.ndarray, np.ndarray]]]
 ) -> Submission:
     """Writes predictions {task: {test split: (idx, logits)}} as submission.zip, one TSV a split.
 
@@ -75,7 +75,7 @@ def write(
     for line in missing:
         _log.warning("the submission is incomplete: %s", line)
 
-    folder = pathlib.Path(folder)
+    folder = epath.Path(folder)
     name, other = (INCOMPLETE, COMPLETE) if missing else (COMPLETE, INCOMPLETE)
     write_atomically(folder / name, _zipped(files))
     (folder / other).unlink(missing_ok=True)
