@@ -90,13 +90,13 @@ def _paper() -> ConfigDict:
     model.head_size = 0  # K; 0: width / heads
     model.hidden = 1024  # width of the feed-forward layer
     model.embedding = 128  # width of the token embedding; projected to `width` where they differ
-    model.max_length = 512  # rows of the position table; only positions=absolute has a longest length
+    model.max_length = 512  # rows of a position table (absolute, tupe_absolute, tupe_relative); no limit without one
     model.dropout = 0.1  # on embeddings and on each sublayer's output
     model.attention_dropout = 0.1  # on attention probabilities
     model.vocab_multiple = 128  # the embedding has this multiple of rows; the surplus is never predicted
     model.output_bias = "zeros"  # start of the MLM output bias: zeros | unigram (log-frequencies of the corpus)
     model.dtype = "bfloat16"  # of activations and products: float32 | bfloat16; parameters stay float32
-    model.kernel = "auto"  # attention, convolutions: auto (fused where it serves) | pallas_gpu | pallas_tpu | plain
+    model.kernel = "auto"  # of attention, convolutions, ends of sublayers: auto | pallas_gpu | pallas_tpu | plain
     model.loop = "unroll"  # over layers: unroll (faster steps) | scan (faster compilation); equal results
     model.remat = False  # recompute each layer in the backward pass: less memory, about a third more time
 

@@ -13,14 +13,14 @@ import io
 import math
 import sys
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
-from convattn_jax import train
+from convattn_jax import compiled, train
 from convattn_jax.config import UserError, check, from_config
 from convattn_jax.data import corpus
 from convattn_jax.data.config import DataConfig
@@ -28,11 +28,9 @@ from convattn_jax.data.corpora import open_corpus
 from convattn_jax.data.examples import LAYOUTS, RowFormat, token_dtype
 from convattn_jax.data.parallel import tasks, tokenize
 from convattn_jax.data.tokenizer import Tokenizer
-from convattn_jax.inference import Pretrained, load_run
+from convattn_jax.inference import AttentionMaps, Pretrained, attention_maps, load_run
 from convattn_jax.kernels.operations import operations_by
 from convattn_jax.masking import MaskingConfig, Vocabulary
-from convattn_jax.model.inputs import from_mask
-from convattn_jax.model.scores import TERMS
 from convattn_jax.objective import MaskedLanguageModelling
 from convattn_jax.run import RunFolder
 
@@ -41,13 +39,6 @@ FOLDER = "evaluations"
 TOKENS = 16_384  # of a batch; masks are drawn by batch, so it is a part of what is measured
 ROWS_OF_TOKENS = 1 << 20  # held-out tokens evaluated, at most
 LONGEST_SENTENCE = 64  # tokens whose attention is kept
-
-
-class AttentionMaps(NamedTuple):
-    """A sentence's tokens and who looks at whom: alpha, (layers, heads, T, T), no layers where nothing attends."""
-
-    tokens: list[str]
-    maps: np.ndarray
 
 
 # --- held-out loss at a length -------------------------------------------------------------------------------------
@@ -63,20 +54,13 @@ def check_length(length: int) -> None:
     check(8 <= length <= TOKENS, f"lengths={length} must lie in 8 .. {TOKENS} tokens")
 
 
-def ends_at(config: dict[str, Any]) -> int | None:
-    """The length from which on a run's position tables were never trained; None where it has none."""
-    model = config["model"]
-    bounded = model["positions"] == "absolute" or any(TERMS[name].table for name in model["scores"])
-    return config["data"]["length"] if bounded else None
-
-
 def at_length(run: Pretrained, length: int) -> dict[str, Any]:
     """Loss in nats per predicted token, perplexity and accuracy on held-out rows of `length` tokens.
 
     `applicable` is False, and there are no figures, where the model has positions that it was not trained for.
     """
-    end = ends_at(run.config)
-    if end is not None and length > end:
+    end = run.config["data"]["length"]  # of position tables the rest was never trained
+    if run.model.config.longest is not None and length > end:
         return {"length": length, "applicable": False, "reason": f"its position tables were trained up to {end} tokens"}
     data = from_config(DataConfig, run.config["data"], "data.")
     rows = heldout_rows(data, run.tokenizer, length)
@@ -121,26 +105,10 @@ def attention_file(run: epath.PathLike, sentence: str) -> epath.Path:
     return epath.Path(run) / FOLDER / f"attention-{digest}.npz"
 
 
-def attention_of(run: Pretrained, sentence: str) -> AttentionMaps:
-    """The maps of `[CLS] sentence [SEP]`, by the plain form of attention; of a long one's first 62 tokens."""
-    t = run.tokenizer
-    text = t.encode([sentence])[0][: LONGEST_SENTENCE - 2]
-    ids = np.concatenate([[t.cls], text, [t.sep]]).astype(np.int32)[None]
-    end = run.model.config.max_length if ends_at(run.config) is not None else ids.shape[1]
-    ids = ids[:, :end]
-    encode: Any = jax.jit(
-        lambda params: run.model.apply({"params": params}, from_mask(jnp.asarray(ids)), ("attention",), method="encode")
-    )
-    maps = encode(run.params).outputs.get("attention")
-    pieces = ["[CLS]", *(t.decode([int(index)]) for index in text), "[SEP]"][: ids.shape[1]]
-    nothing = np.zeros((0, 0, ids.shape[1], ids.shape[1]), np.float32)
-    return AttentionMaps(pieces, nothing if maps is None else np.asarray(maps, np.float32)[:, 0])
-
-
 def save_attention(path: epath.PathLike, found: AttentionMaps) -> None:
     """Writes a sentence's maps, all or nothing."""
     content = io.BytesIO()
-    np.savez_compressed(content, tokens=np.asarray(found.tokens, np.str_), maps=found.maps.astype(np.float16))
+    np.savez_compressed(content, tokens=np.asarray(found.tokens, np.str_), maps=found.weights.astype(np.float16))
     epath.Path(path).parent.mkdir(parents=True, exist_ok=True)
     corpus.write_atomically(path, content.getvalue())
 
@@ -182,7 +150,7 @@ def evaluate(path: epath.PathLike, wanted: Wanted) -> None:
         folder.write(f"{FOLDER}/{length_file(path, length).stem}", found)
         print(f"length {length}: " + (f"loss {found['loss']:.4f}" if found["applicable"] else found["reason"]))
     for sentence in todo.sentences:
-        save_attention(attention_file(path, sentence), attention_of(run, sentence))
+        save_attention(attention_file(path, sentence), attention_maps(run, sentence, LONGEST_SENTENCE))
         print(f"attention of {sentence!r}: {attention_file(path, sentence)}")
 
 
@@ -192,6 +160,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--run", required=True, help="a pre-training run folder")
     parser.add_argument("--lengths", default="", help="tokens a row, with commas between them")
     parser.add_argument("--sentence", action="append", default=[], help="whose attention is kept; may be repeated")
+    parser.add_argument("--compile_cache", metavar="DIR", help="of compiled programs, as of convattn_jax.main")
     args = parser.parse_args(argv)
     try:
         lengths = tuple(int(text) for text in args.lengths.split(",") if text)
@@ -200,6 +169,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     try:
         wanted = Wanted(lengths, tuple(args.sentence))
         check(bool(lengths or args.sentence), "nothing to evaluate: give --lengths=128,512 or --sentence='...'")
+        compiled.keep(args.compile_cache)
         evaluate(args.run, wanted)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -30,7 +30,6 @@ from convattn_jax.glue.tasks import TASKS, Task, recipe, select
 from convattn_jax.glue.training import Trainer, make_compilers
 from convattn_jax.inference import Pretrained, load_run
 from convattn_jax.model.config import ModelConfig
-from convattn_jax.model.scores import TERMS
 from convattn_jax.run import RunFolder
 
 
@@ -126,10 +125,9 @@ def load_pretrained(path: str) -> Pretrained:
 
 def check_positions(c: GlueConfig, tasks: Sequence[Task], model: ModelConfig) -> None:
     """Raises a `UserError` where rows may be longer than a model's absolute positions."""
-    bounded = model.positions == "absolute" or any(TERMS[name].table for name in model.scores)
     longest = max(c.length_of(task) for task in tasks)
     check(
-        not bounded or longest <= model.max_length,
+        model.longest is None or longest <= model.longest,
         f"glue.length={c.length}: the run of init_from has absolute positions for {model.max_length} tokens only; "
         f"set glue.length={model.max_length}",
     )

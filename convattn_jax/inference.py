@@ -106,20 +106,19 @@ def fill_mask(path: epath.PathLike, text: str, top: int = 5) -> list[Guess] | li
 
 
 class AttentionMaps(NamedTuple):
-    """Where the tokens of a text look: weights (L, H, T, T) of layers and heads, each query's row summing to 1."""
+    """Where the tokens of a text look: weights (L, H, T, T) of layers and heads, each query's row summing to 1.
+
+    There are no layers where the model has a convolution in attention's place.
+    """
 
     tokens: list[str]
     weights: np.ndarray
 
 
-def attention_maps(path: epath.PathLike, text: str) -> AttentionMaps:
-    """The attention of every layer and head on a text, [CLS] and [SEP] around it.
-
-    Raises:
-      UserError: the model has a convolution in attention's place.
-    """
-    run = load_run(path)
-    [row] = _rows(run, run.tokenizer.encode([text]))
+def attention_maps(run: epath.PathLike | Pretrained, text: str, longest: int | None = None) -> AttentionMaps:
+    """The attention of every layer and head on a text, [CLS] and [SEP] around it, cut to `longest` tokens in all."""
+    run = run if isinstance(run, Pretrained) else load_run(run)
+    [row] = _rows(run, run.tokenizer.encode([text]), longest)
     ids, mask = _pad(run, [row])
 
     @jax.jit
@@ -127,16 +126,15 @@ def attention_maps(path: epath.PathLike, text: str) -> AttentionMaps:
         encoded: Any = run.model.apply({"params": params}, from_mask(ids, mask), ("attention",), method="encode")
         return encoded.outputs
 
-    outputs = encode(run.params)
-    check("attention" in outputs, f"{path} has model.mixer={run.model.config.mixer}, which makes no attention")
+    maps = encode(run.params).get("attention", jnp.zeros((0, 1, 0, *ids.shape[1:] * 2)))
     tokens = [run.tokenizer.piece(int(index)).replace("\u2581", " ").strip() or "_" for index in row]
-    return AttentionMaps(tokens, np.asarray(outputs["attention"][:, 0, :, : len(row), : len(row)], np.float32))
+    return AttentionMaps(tokens, np.asarray(maps[:, 0, :, : len(row), : len(row)], np.float32))
 
 
-def _rows(run: Pretrained, texts: Sequence[np.ndarray]) -> list[np.ndarray]:
-    """[CLS] text [SEP], cut where absolute positions end."""
-    config, t = run.model.config, run.tokenizer
-    room = config.max_length - 2 if config.positions == "absolute" else None
+def _rows(run: Pretrained, texts: Sequence[np.ndarray], longest: int | None = None) -> list[np.ndarray]:
+    """[CLS] text [SEP], cut to `longest` tokens and where the model's position tables end."""
+    t, ends = run.tokenizer, [end for end in (longest, run.model.config.longest) if end is not None]
+    room = min(ends) - 2 if ends else None
     return [np.concatenate([[t.cls], ids[:room], [t.sep]]).astype(np.int32) for ids in texts]
 
 
@@ -144,8 +142,8 @@ def _pad(run: Pretrained, rows: Sequence[np.ndarray]) -> tuple[Array, Array]:
     """(ids, mask), padded to a power of two, so that few shapes are ever compiled."""
     longest = max(len(row) for row in rows)
     length = 1 << (longest - 1).bit_length()
-    if run.model.config.positions == "absolute":
-        length = min(length, run.model.config.max_length)
+    if run.model.config.longest is not None:
+        length = min(length, run.model.config.longest)
     count = 1 << (len(rows) - 1).bit_length()
     ids = np.full((count, length), run.tokenizer.pad, np.int32)
     mask = np.zeros((count, length), np.int32)

@@ -43,7 +43,7 @@ class PretrainConfig:
     def __post_init__(self):
         check(0 <= self.seed < 2**32, f"seed={self.seed} must lie in [0, 2**32)")
         check(
-            self.model.positions != "absolute" or self.data.length <= self.model.max_length,
+            self.model.longest is None or self.data.length <= self.model.longest,
             f"model.max_length={self.model.max_length} is below data.length={self.data.length}: raise it",
         )
 

@@ -90,7 +90,8 @@ def changes(stored: Mapping[str, Any], config: Mapping[str, Any], folder: object
         if any(_within(key, name) for name in FREE) or before.get(key) == now.get(key):
             continue
         found.append(Change(key, before.get(key), now.get(key)))
-        on_purpose = f", change it on purpose with --config.resume.allow={key}" if key in CHANGEABLE else ""
+        can_be_allowed = key in CHANGEABLE and "resume.allow" in now  # fine-tuning has no such key
+        on_purpose = f", change it on purpose with --config.resume.allow={key}" if can_be_allowed else ""
         check(
             key in allowed,
             f"{folder} was made with {key}={before.get(key)}, not {now.get(key)}: give that value{on_purpose}, or "

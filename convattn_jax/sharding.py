@@ -156,7 +156,7 @@ def shard_add_norm(add_norm: AddNorm, mesh: Mesh) -> AddNorm:
 
 
 def hold_rows(mesh: Mesh) -> Callable[[jax.Array], jax.Array]:
-    """Keeps each row of hidden states on the device that has it in the batch.
+    """Keeps each row of the embeddings on the device that has it in the batch, and hidden states with it.
 
     Left to itself the compiler lets them follow the axes that parameters are cut along, and moves them instead.
     """

@@ -7,7 +7,8 @@ import numpy as np
 import tiny
 
 from convattn_jax.config import from_config, to_plain
-from convattn_jax.evaluate import AttentionMaps, attention_file, save_attention
+from convattn_jax.evaluate import attention_file, save_attention
+from convattn_jax.inference import AttentionMaps
 from convattn_jax.learned import save_kernels
 from convattn_jax.plots import Kernel
 from convattn_jax.pretrain import PretrainConfig

@@ -12,7 +12,7 @@ from convattn_jax import evaluate
 from convattn_jax.config import from_config, to_plain
 from convattn_jax.data.config import DataConfig
 from convattn_jax.data.rows import prepare
-from convattn_jax.inference import Pretrained
+from convattn_jax.inference import Pretrained, attention_maps
 from convattn_jax.model.mlm import MaskedLM
 from convattn_jax.pretrain import PretrainConfig
 
@@ -79,27 +79,39 @@ def test_absolute_positions_end_where_they_were_trained(trained):
 
 def test_attention_maps_are_of_the_sentence_and_sum_to_one(trained, tmp_path):
     run = trained()
-    found = evaluate.attention_of(run, "the cat sat")
+    found = attention_maps(run, "the cat sat")
     assert found.tokens[0] == "[CLS]"
     assert found.tokens[-1] == "[SEP]"
-    assert "".join(found.tokens[1:-1]).replace(" ", "") == "thecatsat"
+    assert "".join(found.tokens[1:-1]).replace("_", "") == "thecatsat"
     size = len(found.tokens)
-    assert found.maps.shape == (1, 2, size, size)
-    np.testing.assert_allclose(found.maps.sum(-1), 1, atol=1e-5)
+    assert found.weights.shape == (1, 2, size, size)
+    np.testing.assert_allclose(found.weights.sum(-1), 1, atol=1e-5)
     evaluate.save_attention(tmp_path / "a.npz", found)
     again = evaluate.load_attention(tmp_path / "a.npz")
     assert again.tokens == found.tokens
-    np.testing.assert_allclose(again.maps, found.maps, atol=1e-3)
+    np.testing.assert_allclose(again.weights, found.weights, atol=1e-3)
 
 
 def test_a_model_without_attention_has_no_maps(trained):
-    run = trained(mixer="lightweight", scores=())
-    assert evaluate.attention_of(run, "the cat sat").maps.shape[:2] == (0, 0)
+    found = attention_maps(trained(mixer="lightweight", scores=()), "the cat sat")
+    assert found.weights.shape == (0, 0, len(found.tokens), len(found.tokens))
 
 
-def test_a_long_sentence_is_cut(trained):
-    assert len(evaluate.attention_of(trained(), "the cat sat on the mat " * 40).tokens) == evaluate.LONGEST_SENTENCE
-    assert len(evaluate.attention_of(trained(positions="absolute"), "the cat sat on the mat " * 40).tokens) == 32
+def test_a_long_sentence_is_cut(trained, tmp_path, monkeypatch):
+    monkeypatch.setattr(evaluate, "load_run", lambda path: trained())
+    sentence = "the cat sat on the mat " * 40
+    evaluate.main([f"--run={tmp_path}", f"--sentence={sentence}"])
+    kept = evaluate.load_attention(evaluate.attention_file(tmp_path, sentence))
+    assert len(kept.tokens) == evaluate.LONGEST_SENTENCE
+    assert (kept.tokens[0], kept.tokens[-1]) == ("[CLS]", "[SEP]")
+
+
+def test_compiled_programs_are_kept_where_it_is_said(monkeypatch):
+    kept = []
+    monkeypatch.setattr(evaluate.compiled, "keep", kept.append)
+    monkeypatch.setattr(evaluate, "evaluate", lambda path, wanted: kept.append(path))
+    evaluate.main(["--run=run", "--sentence=a cat", "--compile_cache=here"])
+    assert kept == ["here", "run"]
 
 
 def test_what_is_there_is_not_computed_again(trained, tmp_path, monkeypatch, capsys):

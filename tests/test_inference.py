@@ -1,6 +1,7 @@
 """A run as plain functions: sentences to vectors, [MASK] to words, text to attention maps."""
 
 import contextlib
+import dataclasses
 
 import jax
 import jax.numpy as jnp
@@ -57,9 +58,23 @@ def test_attention_maps_are_those_of_the_model_without_padding(run):
     np.testing.assert_allclose(weights, encoded.outputs["attention"][:, 0], rtol=1e-4, atol=1e-6)
 
 
-def test_a_model_without_attention_says_so(home):
-    with pytest.raises(UserError, match=r"has model\.mixer=dynamic, which makes no attention"):
-        attention_maps(home / "dynamic", TEXT)
+def test_a_model_without_attention_has_no_layers_of_it(home):
+    tokens, weights = attention_maps(home / "dynamic", TEXT)
+    assert weights.shape == (0, 0, len(tokens), len(tokens))
+
+
+def test_a_text_longer_than_the_position_tables_is_cut(run, monkeypatch):
+    loaded = inference.load_run(run)
+    config = dataclasses.replace(loaded.model.config, scores=("content", "tupe_absolute"))
+    assert (config.positions, config.longest, loaded.model.config.longest) == ("none", 32, None)
+    model = loaded.model.clone(config=config)
+    bounded = loaded._replace(model=model, params=model.initial_params(jax.random.key(0)))
+    monkeypatch.setattr(inference, "load_run", lambda path: bounded)
+    long = " ".join([TEXT] * 20)
+    assert len(attention_maps(run, long).tokens) == 32
+    vectors = load_encoder(run)([long, long + " rain."])
+    np.testing.assert_array_equal(*vectors)
+    assert len(fill_mask(run, f"[MASK] {long}")) == 5
 
 
 def test_a_mask_is_filled_by_words_in_the_order_of_their_probability(run):

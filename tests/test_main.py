@@ -56,6 +56,10 @@ ERRORS = {
         ["--config.model.positions=absolute", "--config.model.max_length=8"],
         "model.max_length=8 is below data.length=16: raise it",
     ),
+    "rows of a position table too few": (
+        ["--config.model.scores=content,tupe_absolute", "--config.model.max_length=8"],
+        "model.max_length=8 is below data.length=16: raise it",
+    ),
     "accumulation": (["--config.train.accumulate=3"], "train.accumulate=3 does not divide train.batch_size=4"),
     "rhythm": (["--config.train.log_every=2"], "train.eval_every=3 must be a multiple of train.log_every=2"),
     "learning rate": (["--config.optimizer.learning_rate=0"], "optimizer.learning_rate=0.0 must be positive"),

@@ -15,6 +15,7 @@ from convattn_jax.config import UserError
 from convattn_jax.evaluate import attention_file
 from convattn_jax.report import __main__ as command
 from convattn_jax.report import figures, markdown, page, pictures, runs, tables
+from convattn_jax.resume import ADDED
 from convattn_jax.statistics import paired_interval
 
 LOSSES = {"absolute": [3.40, 3.42, 3.39], "composite": [3.31, 3.36, 3.33], "fixed": [3.5]}
@@ -175,6 +176,22 @@ def test_a_sweep_that_has_only_begun_is_reported(tmp_path, no_drawing):
     write(tmp_path / "sweep.json", {"baseline": "absolute", "variants": ["absolute"], "jobs": jobs})
     text = command.write([str(tmp_path)])[0].read_text()
     assert "not started" in text
+
+
+def test_seeds_made_before_and_after_a_key_came_are_one_variant(copy):
+    path = copy / "composite-1" / "config.json"
+    config = json.loads(path.read_text())
+    for key in ADDED:
+        group, _, leaf = key.partition(".")
+        config.get(group, {}).pop(leaf, None)
+    write(path, config)
+    path = copy / "composite-2" / "config.json"
+    config = json.loads(path.read_text())
+    config["watchdog"]["frozen_seconds"] += 1
+    write(path, config)
+    c = runs.collect([str(copy)])
+    assert list(c.variants) == ["absolute", "composite", "fixed"]
+    assert not any("differ" in note for note in tables.notes(c))
 
 
 def test_unequal_conditions_are_said(tmp_path):

@@ -83,6 +83,14 @@ def test_a_difference_is_taken_on_purpose_only():
     assert changes(config(), config(resume__allow=("train.steps",), name="other"), "run") == []
 
 
+def test_a_configuration_without_the_key_is_not_told_of_it():
+    with pytest.raises(UserError) as error:
+        changes({"model": {"kernel": "plain"}}, {"model": {"kernel": "auto"}}, "run-glue")
+    assert str(error.value) == (
+        "run-glue was made with model.kernel=plain, not auto: give that value, or another --workdir"
+    )
+
+
 @pytest.mark.parametrize("key", sorted({key for key in FIRST | set(ADDED) if not key.startswith(FREE)}))
 def test_each_key_can_be_changed_or_it_is_said_why_not(key):
     if key in CHANGEABLE:

@@ -11,7 +11,7 @@ import time
 import pytest
 import tiny
 
-from convattn_jax import evaluate
+from convattn_jax import compiled, evaluate
 from convattn_jax.config import UserError, run_file
 from convattn_jax.glue.config import SEEDS
 from convattn_jax.sweep import Finetuning, Sweep, Variant, __main__, plan, runner
@@ -50,7 +50,8 @@ def test_a_stage_is_the_command_with_the_changes_of_sweep_variant_and_command_li
     (job,) = plan.jobs(sweep, tmp_path / "w", Options(config={"train.batch_size": "2"}))
     folder = tmp_path / "w" / "v0-0"
     assert job.stages[0].args == (
-        *(f"--config={config}", f"--workdir={folder}", "--config.train.steps=9"),
+        *(f"--config={config}", f"--workdir={folder}", f"--compile_cache={tmp_path / 'w' / 'compiled'}"),
+        "--config.train.steps=9",
         *(
             "--config.model.scores=content,fixed",
             "--config.name=v0-0",
@@ -74,8 +75,10 @@ def test_a_stage_is_done_when_all_that_it_leaves_is_there(config, tmp_path, monk
 
     asked = []
     monkeypatch.setattr(evaluate, "evaluate", lambda path, wanted: asked.append((path, wanted)))
+    monkeypatch.setattr(compiled, "keep", asked.append)
     evaluate.main(list(job.stages[1].args))
-    assert asked == [(str(run), evaluate.Wanted((16, 32), ("a cat's",)))]
+    assert asked == [str(tmp_path / "w" / "compiled"), (str(run), evaluate.Wanted((16, 32), ("a cat's",)))]
+    assert f"--compile_cache={asked[0]}" in job.stages[2].args
 
     (run / "checkpoints" / "6").mkdir(parents=True)
     assert left() == ["pretrain", "evaluate", "probes"]

@@ -1,4 +1,4 @@
-"""Which implementation of attention serves a call: the first row of a small table that has no reason against it."""
+"""Which form of attention, of a convolution, of a sublayer's end serves a call: the first with no reason against it."""
 
 import functools
 import logging

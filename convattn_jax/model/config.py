@@ -112,6 +112,14 @@ class ModelConfig:
             check_projection(field, projection, self.width, self.heads, self.head_size)
 
     @property
+    def longest(self) -> int | None:
+        """Tokens of the longest text it takes; None without position tables."""
+        from convattn_jax.model.scores import TERMS  # late, as in `_check_variant`
+
+        bounded = self.positions == "absolute" or any(TERMS[name].table for name in self.scores)
+        return self.max_length if bounded else None
+
+    @property
     def taps(self) -> int:
         """W."""
         return 2 * self.radius + 1

@@ -25,7 +25,7 @@ class Operations(NamedTuple):
     add_by_ids: AddByIds = add_by_ids
     convolve: Convolve = convolve
     add_norm: AddNorm = add_norm
-    hold: Callable[[Array], Array] = same  # hidden states (B, T, D), between layers
+    hold: Callable[[Array], Array] = same  # the embeddings (B, T, E), once they are summed
     gather: Callable[[Array], Array] = same  # the token embedding (V, E), before its use
 
 

@@ -13,7 +13,6 @@ from convattn_jax.model.config import ModelConfig
 from convattn_jax.model.encoder import Encoded, Encoder, stack_layers
 from convattn_jax.model.inputs import Inputs, from_mask
 from convattn_jax.model.operations import PLAIN, Operations
-from convattn_jax.model.scores import TERMS
 
 
 class TaskModel(nn.Module):
@@ -46,7 +45,7 @@ class TaskModel(nn.Module):
         """Hidden states, and by name what else is asked for (see `Encoded`)."""
         c, length = self.config, inputs.ids.shape[1]
         check(
-            length <= c.max_length or not (c.positions == "absolute" or any(TERMS[name].table for name in c.scores)),
+            c.longest is None or length <= c.longest,
             f"model.max_length={c.max_length}: {length} tokens have no absolute position; raise it, or choose a "
             "variant without absolute positions",
         )

@@ -11,7 +11,7 @@ import numpy as np
 from matplotlib.colors import Normalize, PowerNorm
 from matplotlib.figure import Figure
 
-from convattn_jax.evaluate import AttentionMaps
+from convattn_jax.inference import AttentionMaps
 from convattn_jax.plots import DIVERGING, FAINT, INK, NAMES, SOFT, Kernel
 from convattn_jax.report.tables import Measure
 from convattn_jax.statistics import Interval
@@ -132,7 +132,7 @@ def kernels(terms: Mapping[str, Kernel], limit: float) -> Drawing:
 
 def attention(found: AttentionMaps) -> Drawing:
     """Who looks at whom: a row a layer, a column a head, queries down, keys across, darker for more."""
-    layers, heads, size, _ = found.maps.shape
+    layers, heads, size, _ = found.weights.shape
     down = [int(i) for i in np.unique(np.linspace(0, layers - 1, min(layers, MOST_LAYERS)).round())]
     across = list(range(min(heads, MOST_HEADS)))
     panel = 1.45 if len(across) <= 2 else 1.05
@@ -145,7 +145,7 @@ def attention(found: AttentionMaps) -> Drawing:
             top = above + row * (panel + 0.08)
             box = ((left + column * (panel + 0.08)) / width, 1 - (top + panel) / height, panel / width, panel / height)
             axes: Any = figure.add_axes(box)
-            axes.imshow(found.maps[down[row], across[column]], cmap="gray_r", norm=PowerNorm(0.5, 0, 1))
+            axes.imshow(found.weights[down[row], across[column]], cmap="gray_r", norm=PowerNorm(0.5, 0, 1))
             axes.spines[:].set(color=FAINT, linewidth=0.6)
             ticks = range(size)
             axes.set_yticks(ticks if column == 0 else [], found.tokens if column == 0 else [])

@@ -7,7 +7,8 @@ from typing import NamedTuple, TypeVar
 import numpy as np
 
 from convattn_jax.config import UserError
-from convattn_jax.evaluate import AttentionMaps, attention_file, attention_of, load_attention
+from convattn_jax.evaluate import LONGEST_SENTENCE, attention_file, load_attention
+from convattn_jax.inference import AttentionMaps, attention_maps
 from convattn_jax.learned import load_kernels
 from convattn_jax.plots import Kernel
 from convattn_jax.report import figures
@@ -129,7 +130,7 @@ def attention(c: Comparison, sentence: str) -> Gallery:
         found = _first(runs, lambda run: _attention(run, sentence))
         if found is None:
             lacking[name] = "no maps of this sentence, and no checkpoint to make them with"
-        elif not found.maps.size:
+        elif not found.weights.size:
             lacking[name] = "nothing in it attends"
         else:
             words = f"attention among {' '.join(found.tokens)}"
@@ -165,18 +166,12 @@ def _attention(run: Run, sentence: str) -> AttentionMaps | None:
     """The maps that were kept, or those that the checkpoint gives."""
     found = _tolerant(lambda: load_attention(attention_file(run.folder, sentence)))
     if found is None and any((run.folder / "checkpoints").glob("*")):
-        found = _tolerant(lambda: _made(run, sentence))
-    if found is None or found.maps.ndim != 4 or found.maps.shape[2:] != (len(found.tokens),) * 2:
+        found = _tolerant(lambda: attention_maps(run.folder, sentence, LONGEST_SENTENCE))
+    if found is None or found.weights.ndim != 4 or found.weights.shape[2:] != (len(found.tokens),) * 2:
         return None
-    if found.maps.size > LARGEST or not np.isfinite(found.maps).all():
+    if found.weights.size > LARGEST or not np.isfinite(found.weights).all():
         return None
     return found._replace(tokens=[text_of(token, 16) for token in found.tokens])
-
-
-def _made(run: Run, sentence: str) -> AttentionMaps:
-    from convattn_jax.inference import load_run
-
-    return attention_of(load_run(run.folder), sentence)
 
 
 def _tolerant(load: Callable[[], T]) -> T | None:

@@ -13,9 +13,10 @@ from typing import Any
 
 from convattn_jax.config import UserError, check, check_choice, flatten
 from convattn_jax.glue.tasks import TASKS
+from convattn_jax.resume import FREE, completed
 
 LONGEST = 80  # characters of a name
-PLACES = ("name", "seed", "mesh", "checkpoint", "data.cache_dir", "data.workers")  # what makes no other variant
+PLACES = (*FREE, "seed")  # what makes no other variant
 STAGES = ("pretrain", "evaluate")
 NOT_STARTED = "not started"
 
@@ -108,11 +109,11 @@ def collect(paths: Sequence[str], baseline: str = "", sentence: str = "") -> Com
         before = len(runs)
         for name, job in _dict(plan.get("jobs")).items():
             folder = root / pathlib.Path(name).name  # a name leads to no other place
-            config = read_object(folder / "config.json")
+            config = completed(read_object(folder / "config.json"))
             runs[folder] = _read(folder, config, text_of(_dict(job).get("variant")), _dict(job).get("seed"))
             _expect(runs[folder], root, _dict(job))
         for folder in _candidates(root):
-            config = read_object(folder / "config.json")
+            config = completed(read_object(folder / "config.json"))
             if config.get("task") == "finetune":
                 tunings.append((folder, config))
             elif config and folder not in runs:

@@ -120,8 +120,13 @@ def _job(sweep: Sweep, variant: Variant, seed: int, workdir: pathlib.Path, optio
 def _command(spec: str, folder: pathlib.Path, changes: Changes) -> tuple[tuple[str, ...], ConfigDict]:
     """The arguments of `convattn_jax.main`, and the configuration that they come to."""
     overrides = (f"--config.{key}={_as_text(value)}" for key, value in changes.items())
-    args = (f"--config={spec}", f"--workdir={folder}", *overrides)
+    args = (f"--config={spec}", f"--workdir={folder}", _cache(folder), *overrides)
     return args, parse(["sweep", *args]).config
+
+
+def _cache(folder: pathlib.Path) -> str:
+    """The option that has all stages of all jobs share their compiled programs."""
+    return f"--compile_cache={folder.parent / 'compiled'}"
 
 
 def _as_text(value: Any) -> str:
@@ -135,7 +140,7 @@ def _is_trained(folder: pathlib.Path, steps: int) -> bool:
 
 def _evaluation(wanted: Wanted, folder: pathlib.Path) -> Stage:
     lengths = [f"--lengths={','.join(map(str, wanted.lengths))}"] if wanted.lengths else []
-    args = (f"--run={folder}", *lengths, *(f"--sentence={text}" for text in wanted.sentences))
+    args = (f"--run={folder}", _cache(folder), *lengths, *(f"--sentence={text}" for text in wanted.sentences))
 
     def is_done() -> bool:
         left = wanted.missing(folder)

@@ -5,7 +5,6 @@ compiler's abort) takes nothing with it, the device's memory is free again, and 
 be typed by hand. Compiled programs are shared through a folder: seeds of one variant compile once.
 """
 
-import os
 import pathlib
 import signal
 import subprocess
@@ -66,12 +65,9 @@ def _run(job: Job, workdir: pathlib.Path, board: Board) -> bool:
 
 def _launch(job: Job, stage: Stage, log: pathlib.Path, board: Board, began: float) -> int:
     log.parent.mkdir(parents=True, exist_ok=True)
-    environment = {"JAX_COMPILATION_CACHE_DIR": str(log.parent.parent / "compiled"), **os.environ}
     command = [sys.executable, "-m", stage.module, *stage.args]
     with log.open("w") as output:
-        process = subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT, env=environment
-        )
+        process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT)
         with _ending(process):
             while True:
                 where, loss = _progress(job) if stage is job.stages[0] else (_count(stage), _progress(job)[1])
