@@ -155,7 +155,7 @@ class _Run:
 
     def _out_of_memory(self) -> str:
         c, needed = self.c.train, memory.need(self.program.lower)
-        shards = self.mesh.shape["data"] * self.mesh.shape["fsdp"]
+        shards = sharding.row_parts(self.mesh)
         return memory.training_advice(c, self.c.model.remat, shards, needed, memory.capacity())
 
     def _logged(self, step: int, further: int) -> tuple[float | None, dict[str, Any] | None]:

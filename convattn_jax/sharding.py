@@ -86,7 +86,7 @@ def abstract_mesh(config: MeshConfig) -> AbstractMesh:
 
 def check_divides(mesh: Mesh | AbstractMesh, batch_size: int, accumulate: int, heads: int) -> None:
     """Raises a `UserError` naming both numbers when a batch or the heads don't divide over the mesh."""
-    rows = mesh.shape["data"] * mesh.shape["fsdp"]
+    rows = row_parts(mesh)
     check(
         batch_size % (rows * accumulate) == 0,
         f"train.batch_size={batch_size} does not divide by mesh.data x mesh.fsdp x train.accumulate = "
@@ -122,6 +122,11 @@ def tree_shardings(tree: Any, mesh: Mesh | AbstractMesh) -> Any:
     )
 
 
+def row_parts(mesh: Mesh | AbstractMesh) -> int:
+    """How many ways the rows of a batch are divided."""
+    return math.prod(mesh.shape[axis] for axis in BATCH[0])
+
+
 def shard_operations(operations: Operations, mesh: Mesh) -> Operations:
     """A model's operations, each device at work on its own rows and heads."""
     return operations._replace(
@@ -138,7 +143,7 @@ def shard_add_norm(add_norm: AddNorm, mesh: Mesh) -> AddNorm:
     """The same function, each device at work on its own rows; the gradients of scale and bias are summed over them."""
     if mesh.size == 1:
         return add_norm
-    axes, parts = BATCH[0], mesh.shape["data"] * mesh.shape["fsdp"]
+    axes, parts = BATCH[0], row_parts(mesh)
 
     def sharded(x, out, scale, bias, rate, seed):
         if x.shape[0] % parts:  # a single row, at initialisation
@@ -160,7 +165,7 @@ def hold_rows(mesh: Mesh) -> Callable[[jax.Array], jax.Array]:
 
     Left to itself the compiler lets them follow the axes that parameters are cut along, and moves them instead.
     """
-    parts, rows = mesh.shape["data"] * mesh.shape["fsdp"], NamedSharding(mesh, BATCH)
+    parts, rows = row_parts(mesh), NamedSharding(mesh, BATCH)
     return lambda x: x if x.shape[0] % parts or mesh.size == 1 else jax.lax.with_sharding_constraint(x, rows)
 
 
@@ -171,10 +176,7 @@ def gather_table(mesh: Mesh) -> Callable[[jax.Array], jax.Array]:
     """
 
     def placed(x: jax.Array, *axes: str | None) -> jax.Array:
-        fits = [
-            axis if axis and size % mesh.shape[axis] == 0 else None for axis, size in zip(axes, x.shape, strict=True)
-        ]
-        return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, P(*fits)))
+        return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, fitting(axes, x.shape, mesh)))
 
     @jax.custom_vjp
     def gather(table: jax.Array) -> jax.Array:
@@ -188,7 +190,7 @@ def shard_sums(add_by_ids: AddByIds, mesh: Mesh) -> AddByIds:
     """The same function where each device adds up its own tokens, and then all of them their sums, cut as the table."""
     if mesh.size == 1:
         return add_by_ids
-    axes, parts = BATCH[0], mesh.shape["data"] * mesh.shape["fsdp"]
+    axes, parts = BATCH[0], row_parts(mesh)
 
     def sharded(ids: jax.Array, x: jax.Array, rows: int, dtype: jnp.dtype) -> jax.Array:
         if ids.shape[0] % parts:
@@ -221,7 +223,7 @@ def shard_attention(attend: Attend, mesh: Mesh) -> Attend:
     if mesh.size == 1:
         return attend
     rows_axes, heads_axis = BATCH[0], "tensor"
-    rows_parts, heads_parts = mesh.shape["data"] * mesh.shape["fsdp"], mesh.shape[heads_axis]
+    rows_parts, heads_parts = row_parts(mesh), mesh.shape[heads_axis]
 
     def sharded(q, k, v, score, query_segments, key_segments, dropout_rate, seed):
         batch, heads = q.shape[0], q.shape[2]
@@ -266,7 +268,7 @@ def shard_convolution(convolve: Convolve, mesh: Mesh) -> Convolve:
     """The same function with rows mapped over the mesh, for the reason of `shard_attention`."""
     if mesh.size == 1:
         return convolve
-    axes, parts = BATCH[0], mesh.shape["data"] * mesh.shape["fsdp"]
+    axes, parts = BATCH[0], row_parts(mesh)
 
     def sharded(x: jax.Array, kernels: Sequence[Kernel], inputs: Inputs) -> tuple[jax.Array, ...]:
         if x.shape[0] % parts:

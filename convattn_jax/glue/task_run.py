@@ -10,9 +10,9 @@ from typing import Any
 import jax
 import numpy as np
 
-from convattn_jax import checkpoint, interrupt
+from convattn_jax import checkpoint, interrupt, memory
 from convattn_jax.account import Account
-from convattn_jax.config import Interrupted
+from convattn_jax.config import Interrupted, check
 from convattn_jax.console import Console
 from convattn_jax.glue import examples, finished, metrics, unfinished
 from convattn_jax.glue.config import GlueConfig
@@ -68,10 +68,8 @@ class TaskRun:
         before = begun["seeds"] if as_begun else []
         parameters = sum(leaf.size for leaf in jax.tree.leaves(self.pretrained.params))
         one = bytes_per_seed(self.trainer.model, parameters, self.recipe.batch_size, self.edges[-1])
-        devices = jax.local_devices()
-        together = self.c.together or seeds_that_fit(
-            one, max(len(missing), len(before)), memory_of(devices[0]), len(devices)
-        )
+        most = max(len(missing), len(before))
+        together = self.c.together or seeds_that_fit(one, most, memory.capacity(), jax.local_device_count())
         return unfinished.groups(missing, together, before)
 
     def _group(self, seeds: Sequence[int]) -> dict[str, Any]:
@@ -80,11 +78,13 @@ class TaskRun:
 
     def compile_ahead(self) -> None:
         """Has the compiler begin with the programs that `complete` will want, in that order."""
-        for seeds in dict.fromkeys(len(group) for group in self._groups()):
+        groups = self._groups()
+        for seeds in dict.fromkeys(len(group) for group in groups):
             for length in examples.lengths_met(self._train_lengths(0), self.recipe.batch_size, self.edges):
                 self.trainer.prepare_step(seeds, self.recipe.batch_size, length)
             self._prepare_predict(seeds, self.data.evaluated.values())
-        self._prepare_predict(1, self.data.tests.values())
+        unpredicted = self.data.tests if groups else self._unpredicted()
+        self._prepare_predict(1, [self.data.tests[key] for key in unpredicted])
 
     def _prepare_predict(self, seeds: int, splits: Iterable[Texts]) -> None:
         for texts in splits:
@@ -188,21 +188,24 @@ class TaskRun:
 
     def _predict_tests(self) -> None:
         """What the best seed says of the test rows, where it has not said it yet; needs no training."""
-        best = finished.best(self.folder, self.task)
-        digests = {key: digest_of(texts) for key, texts in self.data.tests.items()}
-        todo = []
-        for (task, split), digest in digests.items():
-            saved = finished.prediction(self.folder, task, split)
-            if not saved or (saved["seed"], saved["digest"]) != (best, digest):
-                todo.append((task, split))
+        best, todo = finished.best(self.folder, self.task), self._unpredicted()
         if not todo:
             return
         params = finished.params(self.folder, self.task, self.trainer.model, best)
         stacked = jax.tree.map(lambda leaf: leaf[None], params)
-        for task, split in todo:
+        for (task, split), digest in todo.items():
             texts = self.data.tests[task, split]
             logits = self._logits(stacked, texts)[0]
-            finished.save_prediction(self.folder, task, split, best, digests[task, split], texts.idx, logits)
+            finished.save_prediction(self.folder, task, split, best, digest, texts.idx, logits)
+
+    def _unpredicted(self) -> dict[tuple[str, str], str]:
+        """The test splits, with their digests, of which the best seed has not said anything yet."""
+        best, todo = finished.best(self.folder, self.task), {}
+        for (task, split), texts in self.data.tests.items():
+            saved, digest = finished.prediction(self.folder, task, split), digest_of(texts)
+            if not saved or (saved["seed"], saved["digest"]) != (best, digest):
+                todo[task, split] = digest
+        return todo
 
 
 def lengths_of(texts: Texts) -> np.ndarray:
@@ -221,14 +224,19 @@ def classifier(pretrained: Pretrained, outputs: int) -> SequenceClassifier:
 
 
 def classifier_of(config: ModelConfig, vocabulary: int, outputs: int) -> SequenceClassifier:
-    """On one device with fused kernels; the compiler can't divide a kernel among several."""
-    operations = operations_by(config.kernel) if jax.local_device_count() == 1 else PLAIN
+    """On one device with fused kernels.
+
+    Raises:
+      UserError: there are several devices, among which no kernel is divided, and `model.kernel` asks for one.
+    """
+    devices = jax.local_device_count()
+    check(
+        devices == 1 or config.kernel in ("auto", "plain"),
+        f"model.kernel={config.kernel} of the run of init_from can't serve {devices} devices at once: show one only "
+        "(such as CUDA_VISIBLE_DEVICES=0)",
+    )
+    operations = operations_by(config.kernel) if devices == 1 else PLAIN
     return SequenceClassifier(config, vocabulary, operations, classes=outputs)
-
-
-def memory_of(device: Any) -> int | None:
-    """Bytes a device has, or None where it doesn't say (CPU)."""
-    return (device.memory_stats() or {}).get("bytes_limit")
 
 
 def digest_of(texts: Texts) -> str:

@@ -119,7 +119,8 @@ class Trainer:
     """The compiled programs of a model, for S seeds at once: a start, a step and a prediction.
 
     A program serves one shape of batch. `prepare_step` and `prepare_predict` hand to `compilers` those that will be
-    wanted, to be compiled side by side and while others train; what nobody announced is compiled when it is met.
+    wanted, to be compiled side by side and while others train; what nobody announced is compiled when it is met, by
+    whoever meets it.
     """
 
     def __init__(self, model: SequenceClassifier, compilers: concurrent.futures.Executor | None = None):
@@ -141,7 +142,7 @@ class Trainer:
             state = self._start_each(keys, jax.tree.map(lambda *leaves: jnp.stack(leaves), *encoders))
         return self._spread(state, len(seeds)), self._spread(keys, len(seeds))
 
-    def prepare_step(self, seeds: int, rows: int, length: int) -> concurrent.futures.Future[Any]:
+    def prepare_step(self, seeds: int, rows: int, length: int, now: bool = False) -> concurrent.futures.Future[Any]:
         """The program of a training step on (seeds, rows, length) tokens, as soon as it is compiled."""
 
         def compile_step():
@@ -152,9 +153,9 @@ class Trainer:
             batch = self._placed(Batch(_rows_like(seeds, rows, length), label), seeds, 0, 1)
             return self._step.lower(state, batch, keys, jax.ShapeDtypeStruct((), np.float32)).compile(_options())
 
-        return self._program(("step", seeds, rows, length), compile_step)
+        return self._program(("step", seeds, rows, length), compile_step, now)
 
-    def prepare_predict(self, seeds: int, rows: int, length: int) -> concurrent.futures.Future[Any]:
+    def prepare_predict(self, seeds: int, rows: int, length: int, now: bool = False) -> concurrent.futures.Future[Any]:
         """The program of a prediction for (rows, length) tokens, the same for all seeds."""
 
         def compile_predict():
@@ -163,10 +164,13 @@ class Trainer:
             batch = self._placed(_rows_like(rows, length), seeds, None, 0)
             return self._predict.lower(self._placed(stacked, seeds), batch).compile(_options())
 
-        return self._program(("predict", seeds, rows, length), compile_predict)
+        return self._program(("predict", seeds, rows, length), compile_predict, now)
 
-    def _program(self, key: Hashable, compile_it: Callable[[], Any]) -> concurrent.futures.Future[Any]:
-        if key not in self._programs:
+    def _program(self, key: Hashable, compile_it: Callable[[], Any], now: bool) -> concurrent.futures.Future[Any]:
+        if key not in self._programs and now:
+            self._programs[key] = concurrent.futures.Future()
+            self._programs[key].set_result(compile_it())
+        elif key not in self._programs:
             self._programs[key] = self._compilers.submit(compile_it)
         return self._programs[key]
 
@@ -210,7 +214,7 @@ class Trainer:
         """
         first = int(state.step[0])
         for step, (batch, rate) in enumerate(zip(batches, schedule.rates()[first:], strict=True), start=first + 1):
-            program = self.prepare_step(*batch.rows.ids.shape).result()
+            program = self.prepare_step(*batch.rows.ids.shape, now=True).result()
             state, losses = program(state, self._spread(batch, len(keys), 0, 1), keys, rate)
             report(step, losses, int(batch.rows.mask.sum()))
             if ends(step, state):
@@ -244,7 +248,7 @@ class Trainer:
                 part = rows[start : start + batch_size]
                 filled = np.resize(part, batch_size)  # one shape a bucket: the last batch repeats rows
                 padded = pad_rows([encoded[i] for i in filled.tolist()], edge, pad)
-                program = self.prepare_predict(seeds, batch_size, edge).result()
+                program = self.prepare_predict(seeds, batch_size, edge, now=True).result()
                 logits = program(params, self._spread(padded, seeds, None, 0))
                 out[:, part] = np.asarray(logits)[:, : len(part)]
         return out

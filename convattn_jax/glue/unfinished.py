@@ -1,6 +1,6 @@
 """What is under way of a task: which seeds train together, and how far they are.
 
-Seeds that began as one program go on as one, so that an interruption changes no bit of what they end with.
+Seeds that began as one program go on as one, so that on a CPU an interruption changes no bit of what they end with.
 """
 
 import dataclasses

@@ -18,9 +18,9 @@ from jaxtyping import Float, Int
 
 from convattn_jax.kernels import depthwise_passes
 from convattn_jax.kernels.depthwise_program import Operands, Segments, Spec, Walk
+from convattn_jax.kernels.inputs import NO_KEY, NO_QUERY
 from convattn_jax.model.convolution import Kernel
 
-NO_KEY, NO_QUERY = -1, -2  # segments that meet no other
 MAX_TAPS, MAX_RADIUS = 64, 16  # what a thread's registers hold
 
 # Each thread has a channel; the chunk trades loads of neighbours against registers.

@@ -14,12 +14,10 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
 from convattn_jax.kernels import tile
+from convattn_jax.model.layers import ERFC, ERFC_SCALE
 
 Leaf = Any  # an array; in a kernel its reference; in a call of Pallas its block
 Row = Array  # a value for each channel of the block, float32
-
-ERFC = (1.061405429, -1.453152027, 1.421413741, -0.284496736, 0.254829592)  # Abramowitz & Stegun 1964, 7.1.26
-ERFC_SCALE = 0.3275911
 
 
 @dataclasses.dataclass(frozen=True)
