@@ -14,6 +14,7 @@ from convattn_jax.data import corpus
 from convattn_jax.data import tokenizer as tokenizers
 from convattn_jax.glue import finished, results, submission
 from convattn_jax.glue.config import SEEDS
+from convattn_jax.inference import AttentionMaps
 from convattn_jax.learned import load_kernels, save_kernels
 from convattn_jax.resume import Change
 from convattn_jax.run import RunFolder
@@ -101,7 +102,7 @@ def test_what_fine_tuning_leaves_goes_to_a_bucket(bucket, tmp_path, monkeypatch)
 def test_attention_maps_go_to_a_bucket(bucket, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     path = evaluate.attention_file(RUN, "the cat sat")
-    evaluate.save_attention(path, evaluate.AttentionMaps(["the"], np.ones((1, 1, 1, 1), np.float32)))
+    evaluate.save_attention(path, AttentionMaps(["the"], np.ones((1, 1, 1, 1), np.float32)))
     assert evaluate.load_attention(path).tokens == ["the"]
     assert list(tmp_path.iterdir()) == [tmp_path / "bucket"]
 
