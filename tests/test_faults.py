@@ -1,4 +1,4 @@
-"""The long suite: 200 kills and 1000 damages (python -m pytest -n 0 -m faults -s); docs/reliability.md has its counts."""
+"""The long suite: 200 kills, 1000 damages (python -m pytest -n 0 -m faults -s); docs/reliability.md has its counts."""
 
 import json
 import os
