@@ -3,6 +3,7 @@
 The number of CPU devices is fixed when JAX starts, so a process of its own compiles; it reads no text and runs nothing.
 """
 
+import dataclasses
 import itertools
 import json
 import math
@@ -22,6 +23,7 @@ from convattn_jax.collectives import Collective, collectives
 from convattn_jax.config import UserError, check, from_config, to_plain
 from convattn_jax.console import Console, human
 from convattn_jax.data.tokenizer import Tokenizer
+from convattn_jax.kernels.choice import IMPLEMENTATIONS
 from convattn_jax.program import PretrainConfig, Program, made_up_vocabulary
 
 # What is compiled never runs: no time goes into making it fast.
@@ -29,8 +31,8 @@ COMPILER = (
     "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true --xla_cpu_use_fusion_emitters=false"
 )
 UNSEEN = (
-    "Compiled for CPU devices, which cannot show: the fused attention kernel (the memory above holds the plain "
-    "form's T x T scores); reduce-scatter (here an all-reduce, then a cut); bfloat16 sums and "
+    "Compiled for CPU devices with model.kernel=plain, which cannot show: the fused attention kernel (the memory above "
+    "holds the plain form's T x T scores); reduce-scatter (here an all-reduce, then a cut); bfloat16 sums and "
     "products (widened to float32 here: up to twice the bytes of activations); how collectives are combined and "
     "overlapped; time."
 )
@@ -40,13 +42,15 @@ def start(config: ml_collections.ConfigDict) -> dict[str, Any]:
     """Compiles in a process with as many devices as the mesh has, prints what it found and returns it.
 
     Raises:
-      UserError: the mesh has no definite size, or does not go with batch and heads.
+      UserError: the mesh has no definite size, or does not go with batch and heads; or as a run raises it.
     """
     plain = config.to_dict()
     plain["data"]["source"] = "docstrings"  # whichever: no text is read
     c = from_config(PretrainConfig, plain)
     check(-1 not in c.mesh.sizes, "mesh.dry_run: no devices say what -1 (the rest) is: give all of data, fsdp, tensor")
     sharding.check_divides(sharding.abstract_mesh(c.mesh), c.train.batch_size, c.train.accumulate, c.model.heads)
+    if c.model.kernel in IMPLEMENTATIONS:
+        c = dataclasses.replace(c, model=dataclasses.replace(c.model, kernel="plain"))  # a CPU compiles no other
     devices = math.prod(c.mesh.sizes)
     Console().message(f"compiling for {devices} CPU devices: {c.model.layers} layers unrolled take a minute or more")
     flags = f"{os.environ.get('XLA_FLAGS', '')} {COMPILER} --xla_force_host_platform_device_count={devices}"
@@ -63,6 +67,7 @@ def start(config: ml_collections.ConfigDict) -> dict[str, Any]:
             f"mesh.dry_run: compiling for {devices} devices ended with status {ended.returncode} (see above)"
         )
     found = json.loads(ended.stdout)
+    check("error" not in found, found.get("error", ""))
     print("\n".join(report(c, found)))
     return found
 
@@ -144,8 +149,12 @@ def _size(count: float | int) -> str:
 
 
 def main() -> None:
-    """Reads a configuration, writes what `describe` finds, both as JSON."""
-    print(json.dumps(describe(from_config(PretrainConfig, json.load(sys.stdin)))))
+    """Reads a configuration, writes what `describe` finds or {"error": what the user can mend}, all as JSON."""
+    try:
+        found = describe(from_config(PretrainConfig, json.load(sys.stdin)))
+    except UserError as error:
+        found = {"error": str(error)}
+    print(json.dumps(found))
 
 
 if __name__ == "__main__":

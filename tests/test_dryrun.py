@@ -1,5 +1,6 @@
 """What a dry run says: the collectives of a program's text, and a mesh of 256 devices that isn't there."""
 
+import io
 import subprocess
 import sys
 
@@ -60,7 +61,7 @@ def test_what_goes_around_a_ring_of_four(kind, sent):
 
 
 def test_a_mesh_of_256_devices_is_described_on_a_machine_with_one(tmp_path, capfd):
-    changes = {"model__layers": 2, "model__loop": "scan", "train__batch_size": 512}
+    changes = {"model__kernel": "pallas_gpu", "model__layers": 2, "model__loop": "scan", "train__batch_size": 512}
     config = tiny.write_config(tmp_path, data__files=(), **changes)  # no text is there to be read
     arguments = ["--config.mesh.dry_run", "--config.mesh.data=32", "--config.mesh.fsdp=4", "--config.mesh.tensor=2"]
     main.main(["main", f"--config={config}", f"--workdir={tmp_path / 'run'}", *arguments])
@@ -73,7 +74,7 @@ def test_a_mesh_of_256_devices_is_described_on_a_machine_with_one(tmp_path, capf
     table = {tuple(words[:2]): words[2] for line in said.splitlines() if len(words := line.split()) > 2}
     assert int(table["all-gather", "4"]) >= 2 * 6  # six kernels of each of two layers
     assert ("all-reduce", "128") in table  # gradients of what is whole on each
-    assert "fused attention kernel" in said
+    assert "with model.kernel=plain, which cannot show: the fused attention kernel" in said
     assert sorted(path.name for path in tmp_path.iterdir()) == ["config.py"]
 
 
@@ -88,6 +89,19 @@ def test_a_mesh_of_256_devices_is_described_on_a_machine_with_one(tmp_path, capf
 def test_a_mesh_without_size_or_sense_is_an_error(tmp_path, changes, message):
     with pytest.raises(UserError, match=message):
         dryrun.start(tiny.config(tmp_path, mesh__dry_run=True, **changes))
+
+
+def test_what_the_compiling_process_finds_wrong_is_the_one_error(tmp_path, monkeypatch, capsys):
+    def compile_here(command, input, **_):
+        capsys.readouterr()
+        monkeypatch.setattr(sys, "stdin", io.StringIO(input))
+        dryrun.main()
+        return subprocess.CompletedProcess(command, 0, *capsys.readouterr())
+
+    monkeypatch.setattr(dryrun.subprocess, "run", compile_here)
+    with pytest.raises(UserError, match=r"^model\.kernel='fast' is unknown"):
+        dryrun.start(tiny.config(tmp_path, mesh__dry_run=True, mesh__data=1, model__kernel="fast"))
+    assert capsys.readouterr() == ("", "")
 
 
 def test_a_compilation_that_fails_is_an_error(tmp_path, monkeypatch):
