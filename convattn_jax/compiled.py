@@ -9,7 +9,8 @@ import platform
 import jax
 from jax.experimental.compilation_cache import compilation_cache
 
-from convattn_jax.config import UserError
+from convattn_jax.config import UserError, check
+from convattn_jax.data.corpus import in_a_bucket
 
 log = logging.getLogger(__name__)
 
@@ -25,13 +26,18 @@ def keep(folder: str | None) -> None:
     different processors don't meet: code for one may not run on another that shares the home directory.
 
     Raises:
-      UserError: the folder that was asked for cannot be written.
+      UserError: the folder that was asked for is in a bucket, or cannot be written.
     """
     if folder is None and "JAX_COMPILATION_CACHE_DIR" in os.environ:
         return
     if folder == "":
         jax.config.update("jax_enable_compilation_cache", False)
         return
+    check(
+        not in_a_bucket(folder or DEFAULT),
+        f"--compile_cache={folder}: what was not read for long is taken away, and a bucket doesn't tell; "
+        "name a local folder, or none",
+    )
     inside = pathlib.Path(folder or DEFAULT).expanduser() / processor()
     try:
         inside.mkdir(parents=True, exist_ok=True)

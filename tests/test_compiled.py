@@ -66,6 +66,13 @@ def test_a_folder_that_cannot_be_written_is_an_error_only_where_it_was_asked_for
         compiled.keep(str(home / ".cache"))
 
 
+def test_a_bucket_is_refused_before_a_folder_of_that_name_is_made(home, monkeypatch):
+    monkeypatch.chdir(home)
+    with pytest.raises(UserError, match=r"--compile_cache=gs://b/c: .* name a local folder"):
+        compiled.keep("gs://b/c")
+    assert not list(home.iterdir())
+
+
 def test_the_folder_keeps_what_was_used_last(tmp_path):
     for age, name in enumerate(["new", "older", "oldest"]):
         (tmp_path / name).write_bytes(bytes(10))

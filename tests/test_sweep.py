@@ -344,6 +344,7 @@ def test_shards_share_the_jobs_and_one_plan(file, tmp_path, monkeypatch, capsys)
         ("--shard=3/2", "--shard=3/2 must be I/N"),
         ("--seeds=1,x", "--seeds=1,x must be whole numbers"),
         ("--seeds=1,1", "--seeds=1,1 names a seed twice"),
+        ("--workdir=gs://b/w", "--workdir=gs://b/w: a sweep keeps its books on a disk: name a local folder"),
         ("--steps=3", "--steps=3 is no option"),
         ("--config.train.steps", "--config.train.steps has no value"),
         ("--sweep=configs/sweeps/nothing.py", "no such file; there are: configs/sweeps/"),

@@ -6,6 +6,7 @@ import sys
 from collections.abc import Sequence
 
 from convattn_jax.config import UserError, check, run_file
+from convattn_jax.data.corpus import in_a_bucket
 
 EPILOG = """\
   --sweep=configs/sweeps/positions.py:small   the size is passed on to every configuration
@@ -33,6 +34,10 @@ def _run(args: argparse.Namespace, rest: Sequence[str]) -> int:
 
     sweep = run_file("sweep", args.sweep, Sweep)
     config, finetune = _overrides(rest)
+    check(
+        not in_a_bucket(args.workdir),
+        f"--workdir={args.workdir}: a sweep keeps its books on a disk: name a local folder",
+    )
     part, parts = _shard(args.shard)
     seeds = _numbers(args.seeds)
 
