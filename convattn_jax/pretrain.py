@@ -37,7 +37,7 @@ from convattn_jax.program import PretrainConfig, Program
 from convattn_jax.run import RunFolder
 from convattn_jax.taps import Kernel
 from convattn_jax.train import TrainState
-from convattn_jax.watchdog import watched
+from convattn_jax.watchdog import Alive, watched
 
 
 def run(config: ml_collections.ConfigDict, workdir: str, console: Console | None = None) -> dict[str, Any]:
@@ -53,8 +53,8 @@ def run(config: ml_collections.ConfigDict, workdir: str, console: Console | None
         mesh = sharding.make_mesh(c.mesh)
         check(
             not c.train.deterministic or jax.default_backend() != "gpu" or determinism.is_asked_for(),
-            f"train.deterministic: XLA must be told before it starts: set XLA_FLAGS={determinism.EXCLUDED}, or use the "
-            "command line",
+            "train.deterministic: XLA must be told before it starts: call convattn_jax.determinism.ask_for(workdir) "
+            "before jax is first used, or use the command line",
         )
         sharding.check_divides(mesh, c.train.batch_size, c.train.accumulate, c.model.heads)
         changes = folder.check_belongs(to_plain(c)) if first else []
@@ -223,9 +223,7 @@ class _Run:
         read = functools.partial(loader.batch, self.prepared.train, c.seed, step, size)
         return sharding.global_batch(read, size, c.data.length, self.mesh)
 
-    def _where(
-        self, error: train.NotFiniteError, checkpoints: checkpoint.Checkpoints, alive: Callable[[], None]
-    ) -> str:
+    def _where(self, error: train.NotFiniteError, checkpoints: checkpoint.Checkpoints, alive: Alive) -> str:
         """Where in its step a figure stopped being finite, found by going there again from the last checkpoint."""
         checkpoints.wait()
         saved = checkpoints.restore(self.program.like)
@@ -238,6 +236,7 @@ class _Run:
             state, sums = self.program.train_step(state, self._batch(step))
             jax.block_until_ready(sums)
             alive()
+        alive(compiling=True)
         return diagnosis.where(self.program.objective, state, self._batch(last), self.c.seed, self.c.train.accumulate)
 
     def _evaluate(self, params: Any) -> dict[str, float]:

@@ -16,6 +16,7 @@ from jax.experimental import multihost_utils
 
 from convattn_jax.account import Account
 from convattn_jax.config import UserError, check
+from convattn_jax.watchdog import Alive
 
 Params = Any
 Batch = Any
@@ -176,13 +177,13 @@ def fit(
     window: Sequence[Mapping[str, float]] = (),
     skipped: int = 0,
     stop: Callable[[int], bool] = lambda step: False,
-    alive: Callable[[], None] = lambda: None,
+    alive: Alive = lambda compiling=False: None,
 ) -> TrainState:
     """Trains from `state.step` to `config.steps`, or until `stop` says so, recording one row per `log_every` steps.
 
     Rows are means over whole windows. A checkpoint between two rows notes the sums of its part of a window, and
     `window` gives them back, so a resumed run writes the rows that an uninterrupted one writes. `skipped` updates were
-    left out before. `alive` is called whenever the devices have got on.
+    left out before. `alive` is called whenever the run has got on.
 
     Raises:
       NotFiniteError: the loss, its gradient or a parameter is no longer finite; nothing is saved after that.
@@ -190,6 +191,7 @@ def fit(
     sums: list[Mapping[str, Any]] = list(window)
     first = int(state.step)
     timed, trained, saved = 0, account.trained, time.monotonic()
+    evaluated = False
     account.charge("starting")
     for step, rows in enumerate(batches, start=first + 1):
         account.charge("waiting")
@@ -223,7 +225,10 @@ def fit(
             row["tokens_per_second"] = tokens / elapsed if timed else 0.0
             row["seconds"] = account.trained
             if step % config.eval_every == 0 or last:
-                evaluation = evaluate(state.params)
+                if not evaluated:
+                    alive(compiling=True)
+                evaluation, evaluated = evaluate(state.params), True
+                alive()
                 account.charge("evaluating")
                 if not math.isfinite(evaluation["eval_loss"]):
                     raise NotFiniteError("eval_loss", step, "on held-out text, after finite steps")
@@ -236,6 +241,7 @@ def fit(
             notes["account"] = dict(account.seconds)
             save(state, evaluation, notes)
             saved = time.monotonic()
+            alive()
             account.charge("saving")
         if stopped:
             break

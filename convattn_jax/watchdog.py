@@ -10,13 +10,14 @@ import dataclasses
 import faulthandler
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from typing import Protocol, runtime_checkable
 
 import jax
 
 from convattn_jax.config import check
 
-COMPILING = 10  # times as long may pass until the first step is done
+COMPILING = 10  # times as long may pass where a program is compiled first
 LEAVING = 30  # seconds that a process that has failed waits for the others to leave in good order
 
 
@@ -32,8 +33,17 @@ class WatchdogConfig:
             check(seconds >= 1, f"watchdog.{name}={seconds} must be at least 1")
 
 
+@runtime_checkable
+class Alive(Protocol):
+    """A sign of life."""
+
+    def __call__(self, compiling: bool = False) -> None:
+        """Says that the process gets on; with `compiling`, that the next sign may take `COMPILING` times as long."""
+        ...
+
+
 @contextlib.contextmanager
-def watched(frozen_seconds: int) -> Iterator[Callable[[], None]]:
+def watched(frozen_seconds: int) -> Iterator[Alive]:
     """Within the block a run of several processes must call what it yields at least every `frozen_seconds`.
 
     If it doesn't, the stacks of all threads go to stderr and the process ends with status 1; so it does some time
@@ -41,19 +51,22 @@ def watched(frozen_seconds: int) -> Iterator[Callable[[], None]]:
     is let alone: nobody waits for it, and a person may have stopped it with Ctrl-Z.
     """
     if jax.process_count() == 1:
-        yield lambda: None
+        yield lambda compiling=False: None
         return
     faulthandler.enable()  # the runtime ends a process by an abort: then too it says where it stood
     armed = -math.inf
 
-    def alive() -> None:
+    def alive(compiling: bool = False) -> None:
         nonlocal armed
         now = time.monotonic()
-        if now - armed > frozen_seconds / 100:  # a timer is a thread: not one for each step
+        if compiling:
+            faulthandler.dump_traceback_later(COMPILING * frozen_seconds, exit=True)
+            armed = -math.inf  # whatever comes next shortens it
+        elif now - armed > frozen_seconds / 100:  # a timer is a thread: not one for each step
             faulthandler.dump_traceback_later(frozen_seconds, exit=True)
             armed = now
 
-    faulthandler.dump_traceback_later(COMPILING * frozen_seconds, exit=True)
+    alive(compiling=True)
     try:
         yield alive
     except BaseException:

@@ -101,6 +101,7 @@ class Run:
         self, start=0, config=CONFIG, save_seconds=1e9, figures=None, eval_loss=1.0, window=(), stop_at=None, skipped=0
     ):
         self.rows, self.saved, self.notes, self.figures = [], [], {}, figures or {}
+        self.calls = []
         self.account = Account()
         self.account.resume({"training": 5.0}, 5.0)
         fields = TrainState(jnp.asarray(start), {}, ())
@@ -109,7 +110,7 @@ class Run:
             config,
             train_step=self.step,
             batches=(np.zeros(1) for _ in range(start, config.steps)),
-            evaluate=lambda params: {"eval_loss": eval_loss},
+            evaluate=lambda params: self.calls.append("evaluate") or {"eval_loss": eval_loss},
             save=self.save,
             save_seconds=save_seconds,
             record=self.rows.append,
@@ -117,9 +118,11 @@ class Run:
             window=window,
             skipped=skipped,
             stop=lambda step: step == stop_at,
+            alive=lambda compiling=False: self.calls.append("compiling" if compiling else "alive"),
         )
 
     def save(self, state, metrics, notes):
+        self.calls.append("save")
         self.saved.append((int(state.step), metrics and metrics["eval_loss"]))
         self.notes = json.loads(json.dumps(notes))
 
@@ -203,6 +206,18 @@ def test_training_time_goes_on_from_what_was_trained_before():
 def test_it_saves_at_each_evaluation_and_between_them_when_time_is_up():
     assert Run().saved == [(4, 1.0), (8, 1.0), (10, 1.0)]
     assert Run(save_seconds=-1.0).saved == [(2, None), (4, 1.0), (6, None), (8, 1.0), (10, 1.0)]
+
+
+def test_it_says_after_each_long_piece_of_work_that_it_gets_on():
+    evaluated = ["evaluate", "alive", "save", "alive"]
+    steps = ["alive"] * 4
+    assert Run(config=dataclasses.replace(CONFIG, steps=8)).calls == [
+        *steps,
+        "compiling",
+        *evaluated,
+        *steps,
+        *evaluated,
+    ]
 
 
 def test_the_last_step_is_logged_evaluated_and_saved_whatever_the_rhythm():

@@ -97,6 +97,18 @@ with watchdog.watched(2) as alive:
     assert 'File "<string>", line 11 in <module>' in ended.stderr
 
 
+def test_what_is_compiled_first_may_take_longer(monkeypatch):
+    allowed = []
+    monkeypatch.setattr("faulthandler.enable", lambda: None)
+    monkeypatch.setattr("faulthandler.cancel_dump_traceback_later", lambda: None)
+    monkeypatch.setattr("faulthandler.dump_traceback_later", lambda seconds, exit: allowed.append(seconds))
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    with watched(1000) as alive:
+        for compiling in (False, False, True, False, False):
+            alive(compiling)
+    assert allowed == [10_000, 1000, 10_000, 1000]
+
+
 def test_a_single_process_is_let_alone(monkeypatch):
     monkeypatch.setattr("faulthandler.dump_traceback_later", lambda *_, **__: pytest.fail("a timer was set"))
     assert jax.process_count() == 1
