@@ -23,7 +23,6 @@ from convattn_jax.collectives import Collective, collectives
 from convattn_jax.config import UserError, check, from_config, to_plain
 from convattn_jax.console import Console, human
 from convattn_jax.data.tokenizer import Tokenizer
-from convattn_jax.kernels.choice import IMPLEMENTATIONS
 from convattn_jax.program import PretrainConfig, Program, made_up_vocabulary
 
 # What is compiled never runs: no time goes into making it fast.
@@ -49,8 +48,7 @@ def start(config: ml_collections.ConfigDict) -> dict[str, Any]:
     c = from_config(PretrainConfig, plain)
     check(-1 not in c.mesh.sizes, "mesh.dry_run: no devices say what -1 (the rest) is: give all of data, fsdp, tensor")
     sharding.check_divides(sharding.abstract_mesh(c.mesh), c.train.batch_size, c.train.accumulate, c.model.heads)
-    if c.model.kernel in IMPLEMENTATIONS:
-        c = dataclasses.replace(c, model=dataclasses.replace(c.model, kernel="plain"))  # a CPU compiles no other
+    c = dataclasses.replace(c, model=dataclasses.replace(c.model, kernel="plain"))  # a CPU compiles no other
     devices = math.prod(c.mesh.sizes)
     Console().message(f"compiling for {devices} CPU devices: {c.model.layers} layers unrolled take a minute or more")
     flags = f"{os.environ.get('XLA_FLAGS', '')} {COMPILER} --xla_force_host_platform_device_count={devices}"

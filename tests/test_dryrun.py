@@ -102,8 +102,8 @@ def test_what_the_compiling_process_finds_wrong_is_the_one_error(tmp_path, monke
         return subprocess.CompletedProcess(command, 0, *capsys.readouterr())
 
     monkeypatch.setattr(dryrun.subprocess, "run", compile_here)
-    with pytest.raises(UserError, match=r"^model\.kernel='fast' is unknown"):
-        dryrun.start(tiny.config(tmp_path, mesh__dry_run=True, mesh__data=1, model__kernel="fast"))
+    with pytest.raises(UserError, match=r"^tokenizer\.model: none\.model cannot be read"):
+        dryrun.start(tiny.config(tmp_path, mesh__dry_run=True, mesh__data=1, tokenizer__model="none.model"))
     assert capsys.readouterr() == ("", "")
 
 
