@@ -31,22 +31,3 @@ def float64():
     """Double precision within one test."""
     with jax.enable_x64(True):
         yield
-
-
-@pytest.fixture(scope="session")
-def glue_home(tmp_path_factory):
-    """A folder with a text, a run with a checkpoint of its first parameters, and GLUE files."""
-    import tuned  # late: annotations are checked in modules that are imported once pytest is set up
-
-    home = tmp_path_factory.mktemp("glue_home")
-    tuned.fill(home)
-    return home
-
-
-@pytest.fixture(scope="session")
-def probed(glue_home):
-    """The run folder of a probe, two seeds; tests change a copy."""
-    import tuned
-
-    tuned.start(glue_home, *tuned.PROBE)
-    return glue_home / "run-glue"

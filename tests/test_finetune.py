@@ -1,21 +1,92 @@
-"""Fine-tuning through the front door: what it leaves, and the errors a user meets."""
+"""Fine-tuning through the front door: what it leaves, that it goes on where it stopped, and the errors a user meets."""
 
+import contextlib
 import json
+import os
+import pathlib
+import random
 import shutil
+import signal
+import subprocess
+import sys
+import time
 import zipfile
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
-from tuned import CONFIG, PROBE, assert_same, params_of, results_of, start
+import tiny
 
-from convattn_jax import checkpoint, finetune, inference, main
+from convattn_jax import checkpoint, finetune, inference, main, pretrain
 from convattn_jax.config import UserError
-from convattn_jax.glue import training
+from convattn_jax.glue import finished, training, unfinished
 from convattn_jax.glue.config import SEEDS
 from convattn_jax.glue.tasks import TASKS
 
+ROOT = pathlib.Path(main.__file__).parent.parent
+CONFIG = f"--config={ROOT / 'configs' / 'glue.py'}"
+PROBE = ["--config.glue.tasks=word_order", "--config.glue.length=16"]
 CHAIN = ["--config.glue.preset=stable", "--config.glue.length=16", "--config.glue.seeds=2"]
+LABELS = ("entailment", "not_entailment", "neutral")
+
+
+def write_tsv(path, header, rows):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join("\t".join(map(str, row)) + "\n" for row in [header, *rows]))
+
+
+def write_glue(folder, rows=8):
+    """MNLI, RTE, STS-B and AX in the original layout; the sentences are of the text that the run was trained on."""
+    draw = random.Random(1)
+
+    def pair():
+        return [" ".join(draw.choices(tiny.WORDS.split(), k=4)) for _ in range(2)]
+
+    names = {"MNLI": "gold_label", "RTE": "label", "STS-B": "score"}
+    of = {"MNLI": ("contradiction", "entailment", "neutral"), "RTE": LABELS[:2], "STS-B": ("0.5", "2.0", "4.5")}
+    stems = {"MNLI": ["dev_matched", "dev_mismatched"], "RTE": ["dev"], "STS-B": ["dev"]}
+    for task, label in names.items():
+        front = ["index", "sentence1", "sentence2"]
+        for stem in ["train", *stems[task]]:
+            labelled = [[i, *pair(), of[task][i % len(of[task])]] for i in range(rows)]
+            write_tsv(folder / task / f"{stem}.tsv", [*front, label], labelled)
+        for stem in [stem.replace("dev", "test") for stem in stems[task]]:
+            write_tsv(folder / task / f"{stem}.tsv", front, [[i, *pair()] for i in range(rows)])
+    write_tsv(
+        folder / "AX" / "diagnostic.tsv", ["index", "sentence1", "sentence2"], [[i, *pair()] for i in range(rows)]
+    )
+    return folder
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    """A folder with a text, a run with a checkpoint of its first parameters, and GLUE files."""
+    home = tmp_path_factory.mktemp("home")
+    tiny.write_corpus(home / "text.txt")
+    tiny.write_config(home, model__layers=1, data__heldout_fraction=0.3)
+
+    def save_at_once(run):
+        with contextlib.closing(checkpoint.Checkpoints(run.folder.checkpoints, keep=1)) as checkpoints:
+            checkpoints.save(run.program.init(jax.random.key(0)))
+        return {}
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pretrain._Run, "complete", save_at_once)
+        main.main(["main", f"--config={home / 'config.py'}", f"--workdir={home / 'run'}"])
+    write_glue(home / "glue")
+    return home
+
+
+def start(home, *args):
+    main.main(["main", CONFIG, f"--config.init_from={home / 'run'}", *args])
+
+
+@pytest.fixture(scope="module")
+def probed(home):
+    """The run folder of a probe, two seeds; tests change a copy."""
+    start(home, *PROBE)
+    return home / "run-glue"
 
 
 @pytest.fixture
@@ -24,11 +95,11 @@ def copy(probed, tmp_path):
 
 
 @pytest.fixture(scope="module")
-def chained(glue_home):
+def chained(home):
     """MNLI, STS-B and RTE in one folder, two seeds."""
-    folder = glue_home / "chain"
-    glue = f"--config.glue.data_dir={glue_home / 'glue'}"
-    start(glue_home, *CHAIN, glue, "--config.glue.tasks=mnli,stsb,rte,ax", f"--workdir={folder}")
+    folder = home / "chain"
+    glue = f"--config.glue.data_dir={home / 'glue'}"
+    start(home, *CHAIN, glue, "--config.glue.tasks=mnli,stsb,rte,ax", f"--workdir={folder}")
     return folder
 
 
@@ -40,10 +111,25 @@ def no_training(monkeypatch):
     monkeypatch.setattr(training.Trainer, "train", refuse)
 
 
+def results_of(folder):
+    return json.loads((folder / "results.json").read_text())
+
+
+def params_of(home, folder, task, seed):
+    model = finetune.classifier(inference.load_run(home / "run"), TASKS[task].outputs)
+    return checkpoint.load_params(
+        folder / "checkpoints" / task, jax.eval_shape(model.initial_params, jax.random.key(0)), seed
+    )
+
+
+def assert_same(a, b):
+    assert all(np.array_equal(x, y) for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True))
+
+
 # --- what is left ---
 
 
-def test_the_folder_beside_the_run_holds_the_results_and_nothing_more(glue_home, probed):
+def test_the_folder_beside_the_run_holds_the_results_and_nothing_more(home, probed):
     assert {path.name for path in probed.iterdir()} == {
         *("config.json", "tokenizer.model", "tokenizer.json", "tasks", "checkpoints"),
         *("results.json", "statistics.json", "results.md", "results.png"),
@@ -58,21 +144,128 @@ def test_the_folder_beside_the_run_holds_the_results_and_nothing_more(glue_home,
     assert kept == [str(SEEDS[ended.index(best)])]  # only the best seed's parameters are ever used
 
 
-def test_a_second_call_trains_nothing_and_writes_the_same(glue_home, copy, probed, no_training):
+def test_a_second_call_trains_nothing_and_writes_the_same(home, copy, probed, no_training):
     for name in ("results.json", "results.md", "statistics.json", "results.png"):
         (copy / name).unlink()
-    start(glue_home, *PROBE, f"--workdir={copy}")
+    start(home, *PROBE, f"--workdir={copy}")
     assert results_of(copy) == results_of(probed)
     assert (copy / "results.png").exists()
 
 
-def test_a_call_for_another_task_keeps_what_is_there(glue_home, copy, probed, capsys):
+def test_a_call_for_another_task_keeps_what_is_there(home, copy, probed, capsys):
     args = ["--config.glue.tasks=adjacent", "--config.glue.seeds=1", "--config.glue.length=16"]
-    start(glue_home, *args, f"--workdir={copy}")
+    start(home, *args, f"--workdir={copy}")
     table = results_of(copy)
     assert table == results_of(probed) | {"adjacent": {"accuracy": [table["adjacent"]["accuracy"][0]]}}
     assert "| adjacent | accuracy |" in (copy / "results.md").read_text()
     assert str(copy / "results.json") in capsys.readouterr().out
+
+
+def test_seeds_that_are_stopped_or_killed_within_a_task_end_as_if_they_had_not_been(
+    home, probed, tmp_path, monkeypatch, capsys
+):
+    folder, train = tmp_path / "stopped", training.Trainer.train
+    begun = []
+
+    def interrupted(self, state, keys, schedule, batches, report, ends):
+        begun.append((int(state.step[0]), len(keys)))
+
+        def report_and_strike(step, losses, tokens):
+            if step == strike:
+                os.kill(os.getpid(), signal.SIGTERM) if len(begun) == 1 else die()
+            report(step, losses, tokens)
+
+        return train(self, state, keys, schedule, batches, report_and_strike, ends)
+
+    def die():
+        raise RuntimeError("killed")
+
+    monkeypatch.setattr(training.Trainer, "train", interrupted)
+    args = [*PROBE, f"--workdir={folder}"]
+    strike = 3
+    start(home, *args)
+    assert "word_order x 2 seeds stopped at step 3: the same command resumes" in capsys.readouterr().err
+    strike = 6
+    with pytest.raises(RuntimeError, match="killed"):
+        start(home, *args, "--config.glue.save_seconds=0")
+    strike = 0
+    save, saved = finished.save, []
+
+    def second_fails(*what):
+        if saved:
+            die()
+        saved.append(what)
+        save(*what)
+
+    monkeypatch.setattr(finished, "save", second_fails)
+    with pytest.raises(RuntimeError, match="killed"):
+        start(home, *args)
+    monkeypatch.setattr(finished, "save", save)
+    start(home, *args)
+    assert begun[0] == (0, 2)
+    assert begun[1] == (3, 2)
+    assert begun[2][0] in (4, 5)  # one save may have been under way
+    assert [count for _, count in begun] == [2, 2, 2, 2]  # also when one of the two was finished
+    assert results_of(folder) == results_of(probed)
+    kept = [{path.name for path in (at / "checkpoints" / "word_order").iterdir()} for at in (folder, probed)]
+    assert kept[0] == kept[1]
+    for seed in map(int, kept[0]):
+        assert_same(*(params_of(home, at, "word_order", seed) for at in (folder, probed)))
+    assert not (folder / "unfinished").exists()
+
+
+def test_a_loss_that_is_not_finite_stops_the_task_before_it_is_saved(home, tmp_path, monkeypatch, capsys):
+    step = training.Trainer._step_one
+
+    def broken(self, state, batch, key, rate):
+        state, value = step(self, state, batch, key, rate)
+        return state, jnp.where(state.step == 2, jnp.nan, value)
+
+    monkeypatch.setattr(training.Trainer, "_step_one", broken)
+    with pytest.raises(SystemExit):
+        start(home, *PROBE, f"--workdir={tmp_path / 'nan'}", "--config.glue.save_seconds=0")
+    assert "glue.tasks=word_order: the loss of seed 42 is not finite at step 2: choose" in capsys.readouterr().err
+    assert checkpoint.newest_whole(tmp_path / "nan" / "unfinished" / "word_order" / "checkpoints") == 1
+
+
+def test_groups_go_on_as_they_began():
+    assert unfinished.groups([1, 2, 3], 2, []) == [[1, 2], [3]]
+    assert unfinished.groups([2, 3], 3, [1, 2]) == [[1, 2], [3]]
+    assert unfinished.groups([2, 3], 1, [1, 2]) == [[2], [3]]  # fewer together, as memory may demand
+    assert unfinished.groups([3], 2, [1, 2]) == [[3]]
+    assert unfinished.groups([], 2, [1, 2]) == []
+
+
+def test_a_killed_run_goes_on_with_the_missing_seeds_and_takes_more(home, probed, tmp_path, monkeypatch):
+    folder, first = tmp_path / "killed", SEEDS[0]
+    args = [*PROBE, "--config.glue.together=1", f"--workdir={folder}", f"--config.init_from={home / 'run'}"]
+    command = [sys.executable, "-m", "convattn_jax.main", CONFIG, *args]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, cwd=ROOT)
+    while not (folder / "tasks" / "word_order" / f"{first}.json").exists():
+        assert process.poll() is None
+        time.sleep(0.005)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    assert not (folder / "results.json").exists()
+
+    (folder / "checkpoints" / "word_order" / str(SEEDS[1])).mkdir(
+        exist_ok=True
+    )  # as one killed while it saves leaves it
+    trained = []
+    train = training.Trainer.train
+
+    def noted(self, state, keys, *rest):
+        trained.append(len(keys))
+        return train(self, state, keys, *rest)
+
+    monkeypatch.setattr(training.Trainer, "train", noted)
+    start(home, *args, "--config.glue.seeds=3")
+    assert trained == [1, 1]
+    values = results_of(folder)["word_order"]["accuracy"]
+    assert len(values) == 3
+    assert values[:2] == results_of(probed)["word_order"]["accuracy"]  # where both seeds were one program
+    best = SEEDS[values.index(max(values))]
+    assert [path.name for path in (folder / "checkpoints" / "word_order").iterdir()] == [str(best)]
 
 
 # --- GLUE ---
@@ -88,7 +281,7 @@ def test_mnli_is_evaluated_on_both_sets_and_stsb_is_a_regression(chained):
     assert all(len(values) == 2 for metrics in table.values() for values in metrics.values())
 
 
-def test_rte_starts_from_the_mnli_encoder_of_the_same_seed(glue_home, chained, monkeypatch):
+def test_rte_starts_from_the_mnli_encoder_of_the_same_seed(home, chained, monkeypatch):
     started = {}
 
     def kept(self, seeds, encoders):
@@ -96,12 +289,12 @@ def test_rte_starts_from_the_mnli_encoder_of_the_same_seed(glue_home, chained, m
         raise KeyboardInterrupt
 
     monkeypatch.setattr(training.Trainer, "start", kept)
-    glue = f"--config.glue.data_dir={glue_home / 'glue'}"
+    glue = f"--config.glue.data_dir={home / 'glue'}"
     shutil.move(chained / "tasks" / "rte", chained / "rte")
     try:
         with pytest.raises(SystemExit):
             start(
-                glue_home,
+                home,
                 CHAIN[0],
                 CHAIN[1],
                 glue,
@@ -113,8 +306,8 @@ def test_rte_starts_from_the_mnli_encoder_of_the_same_seed(glue_home, chained, m
         shutil.move(chained / "rte", chained / "tasks" / "rte")
     assert list(started) == list(SEEDS[:3])
     for seed in SEEDS[:2]:
-        assert_same(started[seed], params_of(glue_home, chained, "mnli", seed)["encoder"])
-    pretrained = inference.load_run(glue_home / "run").params["encoder"]
+        assert_same(started[seed], params_of(home, chained, "mnli", seed)["encoder"])
+    pretrained = inference.load_run(home / "run").params["encoder"]
     assert_same(started[SEEDS[2]], pretrained)  # MNLI has no third seed; the others start where they did
     kernels = [tree["layer_0"]["mlp_in"]["kernel"] for tree in started.values()]
     assert not any(np.array_equal(kernels[i], kernels[j]) for i, j in ((0, 1), (0, 2), (1, 2)))
@@ -122,7 +315,7 @@ def test_rte_starts_from_the_mnli_encoder_of_the_same_seed(glue_home, chained, m
     assert [one["starts_from"] for one in ended] == ["mnli", ""]
 
 
-def test_the_submission_is_that_of_the_best_seed_and_marked_incomplete(glue_home, chained):
+def test_the_submission_is_that_of_the_best_seed_and_marked_incomplete(home, chained):
     table = results_of(chained)
     with zipfile.ZipFile(chained / "submission-incomplete.zip") as archive:
         files = {name: archive.read(name).decode().splitlines() for name in archive.namelist()}
@@ -132,25 +325,25 @@ def test_the_submission_is_that_of_the_best_seed_and_marked_incomplete(glue_home
     saved = np.load(chained / "predictions" / "rte-test.npz")
     assert saved["seed"] == SEEDS[best]
     classify = finetune.load_classifier(chained, "rte")
-    rows = [line.split("\t") for line in (glue_home / "glue" / "RTE" / "test.tsv").read_text().splitlines()[1:]]
+    rows = [line.split("\t") for line in (home / "glue" / "RTE" / "test.tsv").read_text().splitlines()[1:]]
     expected = [f"{i}\t{label.label}" for i, label in enumerate(classify([tuple(row[1:]) for row in rows]))]
     assert files["RTE.tsv"] == ["index\tprediction", *expected]
-    rows = [line.split("\t") for line in (glue_home / "glue" / "AX" / "diagnostic.tsv").read_text().splitlines()[1:]]
+    rows = [line.split("\t") for line in (home / "glue" / "AX" / "diagnostic.tsv").read_text().splitlines()[1:]]
     for model in ("mnli", "ax"):
         labels = finetune.load_classifier(chained, model)([tuple(row[1:]) for row in rows])
         assert files["AX.tsv"][1:] == [f"{i}\t{label.label}" for i, label in enumerate(labels)]
 
 
-def test_test_files_that_come_later_are_predicted_without_training(glue_home, chained, tmp_path, no_training):
+def test_test_files_that_come_later_are_predicted_without_training(home, chained, tmp_path, no_training):
     folder = shutil.copytree(chained, tmp_path / "later")
     before = (folder / "submission-incomplete.zip").read_bytes()
     shutil.rmtree(folder / "predictions")
     (folder / "submission-incomplete.zip").unlink()
-    args = [*CHAIN, f"--config.glue.data_dir={glue_home / 'glue'}", f"--workdir={folder}"]
-    start(glue_home, *args, "--config.glue.tasks=rte")
+    args = [*CHAIN, f"--config.glue.data_dir={home / 'glue'}", f"--workdir={folder}"]
+    start(home, *args, "--config.glue.tasks=rte")
     with zipfile.ZipFile(folder / "submission-incomplete.zip") as archive:
         assert archive.namelist() == ["RTE.tsv"]
-    start(glue_home, *args, "--config.glue.tasks=mnli,stsb,ax")
+    start(home, *args, "--config.glue.tasks=mnli,stsb,ax")
     assert (folder / "submission-incomplete.zip").read_bytes() == before
     assert results_of(folder) == results_of(chained)
 
@@ -186,7 +379,7 @@ def test_a_single_sentence_is_read_as_it_stands(probed):
     assert one.probabilities != two.probabilities
 
 
-def test_what_a_classifier_does_not_understand_is_said(glue_home, chained, probed, copy):
+def test_what_a_classifier_does_not_understand_is_said(home, chained, probed, copy):
     classify = finetune.load_classifier(chained, "rte")
     for texts, message in (
         (["only one"], "rte wants 2 text(s) an example (sentence1, sentence2)"),
@@ -199,8 +392,8 @@ def test_what_a_classifier_does_not_understand_is_said(glue_home, chained, probe
     for folder, task, message in (
         (probed, "rte", "has no finished run of rte: fine-tune it first"),
         (probed, "rtee", "task='rtee' is unknown"),
-        (glue_home / "run", "rte", "is no fine-tuning run"),
-        (glue_home / "nowhere", "rte", "is no fine-tuning run"),
+        (home / "run", "rte", "is no fine-tuning run"),
+        (home / "nowhere", "rte", "is no fine-tuning run"),
     ):
         with pytest.raises(UserError) as caught:
             finetune.load_classifier(folder, task)
@@ -215,10 +408,10 @@ def test_what_a_classifier_does_not_understand_is_said(glue_home, chained, probe
 
 
 @pytest.fixture
-def bad(glue_home, tmp_path):
+def bad(home, tmp_path):
     """A copy of the run and of GLUE's files to damage."""
-    shutil.copytree(glue_home / "run", tmp_path / "run")
-    shutil.copytree(glue_home / "glue", tmp_path / "glue")
+    shutil.copytree(home / "run", tmp_path / "run")
+    shutil.copytree(home / "glue", tmp_path / "glue")
     (tmp_path / "empty").mkdir()
     return tmp_path
 
@@ -313,15 +506,15 @@ def test_an_error_is_one_line_before_anything_is_compiled_or_left(bad, capsys, m
     assert sorted(bad.rglob("*")) == before
 
 
-def test_a_folder_is_of_one_start_and_one_recipe(glue_home, copy, capsys):
+def test_a_folder_is_of_one_start_and_one_recipe(home, copy, capsys):
     for args, message in (
         (["--config.glue.length=24"], "was made with glue.length=16, not 24"),
         (["--config.glue.preset=stable"], "was made with glue.preset=electra, not stable"),
     ):
         with pytest.raises(SystemExit):
-            start(glue_home, *PROBE, f"--workdir={copy}", *args)
+            start(home, *PROBE, f"--workdir={copy}", *args)
         assert message in capsys.readouterr().err
     change_json(copy / "config.json", init_step=1)
     with pytest.raises(SystemExit):
-        start(glue_home, *PROBE, f"--workdir={copy}")
+        start(home, *PROBE, f"--workdir={copy}")
     assert "was made with init_step=1, not 0" in capsys.readouterr().err
