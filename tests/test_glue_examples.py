@@ -77,6 +77,11 @@ def test_an_epoch_has_every_row_once_in_batches_that_hold_it(lengths, size, epoc
     assert sorted({length for length, _ in batches}) == lengths_met(lengths, size, BUCKETS)
 
 
+def test_a_length_is_met_only_by_what_shorter_rows_leave_over():
+    """Three rows wait for the next bucket, which fills a batch of five with them; the last has two left."""
+    assert lengths_met(np.array([10] * 3 + [30] * 3 + [60]), 5, BUCKETS) == [48, 80]
+
+
 def test_seeds_share_shapes_but_not_rows():
     lengths = np.random.default_rng(0).integers(4, 100, 500)
     first, again, second = plan(lengths, 16), plan(lengths, 16), plan(lengths, 16, seed=1)

@@ -5,11 +5,27 @@ constant added to a row, so taps that depend on the row only lose their last val
 Taps that depend on the key keep all 2n+1. Slot s stands at distance s-n from its owner.
 """
 
+import dataclasses
+
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
 from convattn_jax.model import dropout
+
+
+@dataclasses.dataclass(frozen=True)
+class Band:
+    """The taps of one side: `radius` n, and whether slot 2n, everything further above, is kept."""
+
+    radius: int
+    above: bool
+
+    @property
+    def slots(self) -> int:
+        """Numbers per token."""
+        return 2 * self.radius + self.above
+
 
 NO_KEY, NO_QUERY = -1, -2  # segments that meet no other
 

@@ -13,6 +13,7 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
+from convattn_jax.kernels import inputs
 from convattn_jax.kernels.blocks import Blocks, Tile, power_of_two
 from convattn_jax.model.dropout import QUERY_STRIDE
 
@@ -21,16 +22,8 @@ HIDDEN = -math.inf
 
 
 @dataclasses.dataclass(frozen=True)
-class Band:
-    """The taps of one side: `radius` n, and whether slot 2n, everything further above, is kept."""
-
-    radius: int
-    above: bool
-
-    @property
-    def slots(self) -> int:
-        """Numbers per token."""
-        return 2 * self.radius + self.above
+class Band(inputs.Band):
+    """The taps of one side, their slots handled in chunks."""
 
     @property
     def chunk(self) -> int:

@@ -16,7 +16,7 @@ from jaxtyping import Float, Int, UInt32
 from convattn_jax.kernels import inputs
 from convattn_jax.kernels.tpu import backward as backward_pass
 from convattn_jax.kernels.tpu import forward as forward_pass
-from convattn_jax.kernels.tpu.operands import LANES, Band, Operands, Spec
+from convattn_jax.kernels.tpu.operands import LANES, Operands, Spec
 
 EDGES = (512, 384, 256)  # of a tile, the largest that divides the padded length, else LANES; never timed
 
@@ -101,8 +101,8 @@ def prepare(
         edge=edge,
         tiles=padded // edge,
         content=float(content) * scale,
-        query_band=None if query_radius is None else Band(query_radius, above=False),
-        key_band=None if key_radius is None else Band(key_radius, above=True),
+        query_band=None if query_radius is None else inputs.Band(query_radius, above=False),
+        key_band=None if key_radius is None else inputs.Band(key_radius, above=True),
         rate=0.0 if dropout_seed is None else dropout_rate,
         interpret=interpret,
     )
@@ -138,7 +138,7 @@ def _by_head(x: Float[Array, "B T H K"], padded: int) -> Float[Array, "B H P K"]
 
 
 def _slots(
-    band: Band | None, x: Array, bias: Array | None, taps: Array | None, scale: float, padded: int
+    band: inputs.Band | None, x: Array, bias: Array | None, taps: Array | None, scale: float, padded: int
 ) -> Float[Array, "B H C P"] | None:
     """What a band adds to the scores, a column per token."""
     if band is None:

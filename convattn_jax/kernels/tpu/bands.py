@@ -15,7 +15,8 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.experimental.pallas import tpu as pltpu
 
-from convattn_jax.kernels.tpu.operands import Band, Spec
+from convattn_jax.kernels.inputs import Band
+from convattn_jax.kernels.tpu.operands import Spec
 
 
 def column(spec: Spec, row: Array) -> Array:

@@ -9,22 +9,11 @@ from typing import Any, NamedTuple
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from convattn_jax.kernels.inputs import Band
+
 LANES = 128  # of a register
 
 Leaf = Any  # an array; in a kernel its reference; in a call of Pallas its block
-
-
-@dataclasses.dataclass(frozen=True)
-class Band:
-    """The taps of one side: `radius` n, and whether slot 2n, everything further above, is kept."""
-
-    radius: int
-    above: bool
-
-    @property
-    def slots(self) -> int:
-        """Numbers per token."""
-        return 2 * self.radius + self.above
 
 
 @dataclasses.dataclass(frozen=True)
