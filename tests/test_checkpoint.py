@@ -1,8 +1,10 @@
 """What is saved comes back; what is damaged is found, reported and passed over; the newest and the best are kept."""
 
 import contextlib
+import gc
 import os
 import pathlib
+import re
 import resource
 import shutil
 import types
@@ -179,6 +181,7 @@ def disk_full_after(size):
         yield
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        gc.collect()  # what Orbax left behind complains here, where the test expects it, and not in a later test
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # what Orbax leaves behind
@@ -187,11 +190,17 @@ def test_a_disk_that_is_full_at_any_byte_leaves_the_last_good_step(saved, tmp_pa
     largest = max(path.stat().st_size for path in files(saved / "2"))
     for size in (0, 1, 100, 400, largest // 2, largest - 1):
         folder = shutil.copytree(saved, epath.Path(tmp_path) / f"full{size}")
-        with disk_full_after(size), pytest.raises(UserError, match=r"no checkpoint could be written to .*: make room"):
-            save(folder, {3: None}, keep=1)
+        told = ""
+        try:
+            with disk_full_after(size):
+                save(folder, {3: None}, keep=1)
+        except UserError as error:
+            told = str(error)
+        if told or size < largest - 1:  # equal arrays take some bytes more or fewer: the last size may just do
+            assert re.search(r"no checkpoint could be written to .*: make room", told)
         restored, lines = restore(folder)
-        assert_same(restored, state(2))
-        assert all("checkpoint 3 is damaged" in line for line in lines)
+        assert_same(restored, state(2 if told else 3))
+        assert all(told and "checkpoint 3 is damaged" in line for line in lines)
         save(folder, {3: None}, keep=1)
         assert_same(restore(folder)[0], state(3))
 
