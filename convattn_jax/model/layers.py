@@ -84,13 +84,13 @@ def _normal_cdf(x: Array, bell: Array, half: bool) -> Array:
 
 def _gelu_forward(x: Array) -> tuple[Array, Array]:
     wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
-    # not the backward pass's expression: the compiler would keep the exponential in float32 rather than make it twice
-    bell = jnp.exp(-jnp.square(math.sqrt(0.5) * jnp.abs(wide)))
+    bell = jnp.exp(wide * wide * -0.5)
     return (wide * _normal_cdf(wide, bell, wide.dtype != x.dtype)).astype(x.dtype), x
 
 
 def _gelu_backward(x: Array, gradient: Array) -> tuple[Array]:
-    wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    # the barrier: what both passes compute from x would otherwise be kept, in float32, rather than computed again
+    wide = jax.lax.optimization_barrier(x).astype(jnp.promote_types(x.dtype, jnp.float32))
     bell = jnp.exp(wide * wide * -0.5)
     slope = _normal_cdf(wide, bell, wide.dtype != x.dtype) + wide * bell * (1 / math.sqrt(2 * math.pi))
     return ((gradient * slope).astype(x.dtype),)
