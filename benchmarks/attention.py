@@ -59,9 +59,7 @@ def kernel(problem: Problem, rate: float = 0.0, taps: tuple[str, ...] = QUERY_SI
 
     def attend(q, k, v, **taps):
         return composite_attention(
-            q,
-            k,
-            v,
+            (q, k, v),
             **taps,
             scale=problem.head_size**-0.5,
             query_segments=segments,

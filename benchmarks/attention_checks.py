@@ -18,7 +18,7 @@ def check(problem: Problem, dtype: str, taps: tuple[str, ...]) -> dict[str, Any]
     x = draw(problem, dtype)
     args = (x["q"], x["k"], x["v"]), {name: x[name] for name in taps}, x["g"]
     scale = problem.head_size**-0.5
-    step = with_gradients(lambda *rows, **taps: composite_attention(*rows, **taps, scale=scale))
+    step = with_gradients(lambda *rows, **taps: composite_attention(rows, **taps, scale=scale))
     first, second = step(*args), step(*args)
     plain = with_gradients(reference(problem))(*args)
     with jax.enable_x64(True), jax.default_device(jax.devices("cpu")[0]):
@@ -59,7 +59,7 @@ def memory(lengths: tuple[int, ...] = (512, 1024, 2048, 4096, 8192, 16384)) -> l
     from convattn_jax.kernels.composite import composite_attention
 
     def fused(*rows, **taps):
-        return composite_attention(*rows, **taps, scale=64**-0.5)
+        return composite_attention(rows, **taps, scale=64**-0.5)
 
     attends = {"composite: kernel": lambda problem: fused, "composite: plain form": reference}
     records = []

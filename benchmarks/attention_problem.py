@@ -65,7 +65,7 @@ def reference(problem: Problem) -> Callable[..., Any]:
 
     def attend(q, k, v, fixed=None, dynamic_query=None, dynamic_key=None):
         dynamic_query, dynamic_key = (None if x is None else x[None] * scale for x in (dynamic_query, dynamic_key))
-        return plain(q, k, v, Score(scale, fixed, dynamic_query, dynamic_key), ones, ones, 0.0, None)
+        return plain((q, k, v), Score(scale, fixed, dynamic_query, dynamic_key), ones, ones, 0.0, None)
 
     return attend
 

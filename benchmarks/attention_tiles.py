@@ -51,9 +51,7 @@ def one_pass(problem: Problem, name: str, sizes: tuple[int, int, int, int], rate
     size = Tile(*sizes)
     seed = jax.numpy.array([1, 2], "uint32") if rate else None
     spec, operands = composite.prepare(
-        x["q"],
-        x["k"],
-        x["v"],
+        (x["q"], x["k"], x["v"]),
         fixed=x["fixed"],
         dynamic_query=x["dynamic_query"],
         scale=problem.head_size**-0.5,

@@ -18,6 +18,7 @@ from convattn_jax.config import from_config
 from convattn_jax.data.examples import LAYOUTS, token_dtype
 from convattn_jax.kernels.operations import operations_by
 from convattn_jax.masking import Masked, MaskingConfig, Vocabulary
+from convattn_jax.model.attention import separate
 from convattn_jax.model.config import ModelConfig
 from convattn_jax.model.mlm import MaskedLM
 from convattn_jax.objective import MaskedLanguageModelling
@@ -55,11 +56,11 @@ def model_arithmetic(shape: ModelConfig, rows: int, batch: int, length: int, pre
     return 6.0 * batch * length * weights + attention + 6.0 * predicted * (d * e + e * rows)
 
 
-def cudnn_attend(q, k, v, score, query_segments, key_segments, dropout_rate, seed, rows=None, heads=None) -> Array:
+def cudnn_attend(qkv, score, query_segments, key_segments, dropout_rate, seed, rows=None, heads=None) -> Array:
     """Plain attention by cuDNN in the place of the model's; it takes no mask, so rows must be full."""
     assert dropout_rate == 0, "cuDNN through JAX has no attention dropout: set model.attention_dropout=0.0"
     assert score.fixed is None, "cuDNN serves content attention only"
-    return jax.nn.dot_product_attention(q, k, v, scale=score.content, implementation="cudnn")
+    return jax.nn.dot_product_attention(*separate(qkv), scale=score.content, implementation="cudnn")
 
 
 def random_rows(batch: int, length: int, vocabulary: int) -> np.ndarray:

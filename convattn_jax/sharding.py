@@ -225,10 +225,10 @@ def shard_attention(attend: Attend, mesh: Mesh) -> Attend:
     rows_axes, heads_axis = BATCH[0], "tensor"
     rows_parts, heads_parts = row_parts(mesh), mesh.shape[heads_axis]
 
-    def sharded(q, k, v, score, query_segments, key_segments, dropout_rate, seed):
-        batch, heads = q.shape[0], q.shape[2]
+    def sharded(qkv, score, query_segments, key_segments, dropout_rate, seed):
+        batch, _, heads = jax.tree.leaves(qkv)[0].shape[:3]
         if batch % rows_parts or heads % heads_parts:  # a single row, at initialisation
-            return attend(q, k, v, score, query_segments, key_segments, dropout_rate, seed)
+            return attend(qkv, score, query_segments, key_segments, dropout_rate, seed)
 
         def of(leaf: jax.Array | None, *axes: str | None) -> P | None:
             """Maps the axes that this array has in full; those of size 1 are shared by all."""
@@ -246,20 +246,20 @@ def shard_attention(attend: Attend, mesh: Mesh) -> Attend:
             dynamic_key=of(score.dynamic_key, "heads", None, None),
             dense=of(score.dense, "rows", "heads", None, None),
         )
-        tokens, segments = P(rows_axes, None, heads_axis, None), P(rows_axes, None)
+        tokens, segments = P(rows_axes, None, heads_axis), P(rows_axes, None)
 
-        def local(q, k, v, score, query_segments, key_segments, seed, rows, heads):
-            return attend(q, k, v, score, query_segments, key_segments, dropout_rate, seed, rows, heads)
+        def local(qkv, score, query_segments, key_segments, seed, rows, heads):
+            return attend(qkv, score, query_segments, key_segments, dropout_rate, seed, rows, heads)
 
         mapped = jax.shard_map(
             local,
             mesh=mesh,
-            in_specs=(tokens, tokens, tokens, scores, segments, segments, P(), P(rows_axes), P(heads_axis)),
+            in_specs=(tokens, scores, segments, segments, P(), P(rows_axes), P(heads_axis)),
             out_specs=tokens,
             check_vma=False,
         )
         numbers = jnp.arange(batch, dtype=jnp.uint32), jnp.arange(heads, dtype=jnp.uint32)
-        return mapped(q, k, v, score, query_segments, key_segments, seed, *numbers)
+        return mapped(qkv, score, query_segments, key_segments, seed, *numbers)
 
     return sharded
 

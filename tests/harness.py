@@ -146,7 +146,7 @@ class Terms:
         q, k, v = tree["q"], tree["k"], tree["v"]
         full = attention.scores(q, k, score)
         full = jnp.broadcast_to(full, (q.shape[0], q.shape[2], *full.shape[2:]))
-        out = attention.attend(q, k, v, score, inputs.query_segments, inputs.key_segments, 0.0, None)
+        out = attention.attend((q, k, v), score, inputs.query_segments, inputs.key_segments, 0.0, None)
         return jnp.concatenate([full, out.swapaxes(1, 2)], axis=-1)
 
     def _run(self, tree: Tree, inputs: Inputs, weights: jax.Array) -> tuple[jax.Array, Tree]:

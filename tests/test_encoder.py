@@ -10,6 +10,7 @@ import tiny
 
 from convattn_jax.config import UserError
 from convattn_jax.model import encoder as encoder_module
+from convattn_jax.model.attention import separate
 from convattn_jax.model.encoder import stack_layers, unstack_layers
 from convattn_jax.model.inputs import from_mask, from_packed
 from convattn_jax.model.mlm import MaskedLM
@@ -222,9 +223,8 @@ def test_no_two_places_share_a_dropout_seed(monkeypatch):
             seen.append(tuple(np.asarray(seed).tolist()))
         return x
 
-    def recording_attend(q, k, v, score, query_segments, key_segments, rate, seed):
-        recorded(v, rate, seed)
-        return v
+    def recording_attend(qkv, score, query_segments, key_segments, rate, seed):
+        return recorded(separate(qkv)[2], rate, seed)
 
     def recording_add_norm(x, out, scale, bias, rate, seed):
         return x + recorded(out, rate, seed)

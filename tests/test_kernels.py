@@ -30,10 +30,11 @@ SMALL = Blocks(Tile(16, 16, 4, 1), Tile(16, 16, 4, 1), Tile(16, 16, 4, 1))  # se
 UNEVEN = Blocks(Tile(32, 16, 4, 1), Tile(16, 64, 4, 1), Tile(16, 32, 4, 1))  # whole rows of keys, two passes
 
 
-def kernel(*rows, segments=None, rate=0.0, blocks=None, scale=0.4, seed=SEED, **kwargs):
+def kernel(*rows, segments=None, rate=0.0, blocks=None, scale=0.4, seed=SEED, packed=False, **kwargs):
     options = {"dropout_rate": rate, "dropout_seed": jnp.asarray(seed) if rate else None, "scale": scale}
     segments = {"query_segments": segments, "key_segments": segments}
-    return composite_attention(*rows, **kwargs, **segments, **options, blocks=blocks, interpret=True)
+    rows = rows[0] if packed else rows
+    return composite_attention(rows, **kwargs, **segments, **options, blocks=blocks, interpret=True)
 
 
 def check_against_float64(*args, blocks=None, **options):
@@ -135,13 +136,16 @@ def test_a_shard_draws_the_bits_of_its_rows_and_heads():
     np.testing.assert_array_equal(part, whole[1:, :, 1:])
 
 
-def test_vmap_of_the_gradient_is_the_gradient_of_each():
+@pytest.mark.parametrize("packed", [False, True])
+def test_vmap_of_the_gradient_is_the_gradient_of_each(packed):
     T = 20
     cases = [(*draw(T, taps=QUERY_SIDE, seed=seed), jnp.asarray([seed, 7], jnp.uint32)) for seed in range(2)]
+    if packed:
+        cases = [((jnp.stack(rows, axis=3),), *rest) for rows, *rest in cases]
 
     def gradient(rows, learned, g, seed):
         def loss(rows, learned):
-            options = {"rate": 0.2, "seed": seed, "blocks": SMALL, "segments": padded_and_packed(T)}
+            options = {"rate": 0.2, "seed": seed, "blocks": SMALL, "segments": padded_and_packed(T), "packed": packed}
             return (kernel(*rows, **learned, **options) * g).sum()
 
         return jax.grad(loss, argnums=(0, 1))(rows, learned)
@@ -150,6 +154,15 @@ def test_vmap_of_the_gradient_is_the_gradient_of_each():
     for number, case in enumerate(cases):
         alone = jax.jit(gradient)(*case)
         assert_close(jax.tree.map(lambda x, n=number: x[n], together), jax.tree.map(np.asarray, alone), 1e-6)
+
+
+@pytest.mark.parametrize("blocks", [SMALL, UNEVEN, None])
+def test_rows_side_by_side_in_one_array_have_one_gradient_of_the_same_bits(blocks):
+    rows, learned, g = draw(40)
+    options = {"rate": 0.2, "blocks": blocks, "segments": padded_and_packed(40)}
+    out, (gradients, of_taps) = with_gradients(kernel, rows, learned, g, **options)
+    packed = with_gradients(functools.partial(kernel, packed=True), (jnp.stack(rows, axis=3),), learned, g, **options)
+    jax.tree.map(np.testing.assert_array_equal, packed, (out, ((np.stack(gradients, axis=3),), of_taps)))
 
 
 def test_it_runs_inside_shard_map():
@@ -186,7 +199,7 @@ def test_it_lowers_for_gpus_with_the_tiles_of_the_table(length, dtype):
 
     def loss(rows, taps):
         options = {"query_segments": segments, "key_segments": segments, "dropout_rate": 0.1}
-        return composite_attention(*rows, **taps, **options, dropout_seed=jnp.asarray(SEED)).sum()
+        return composite_attention(rows, **taps, **options, dropout_seed=jnp.asarray(SEED)).sum()
 
     step = jax.jit(jax.grad(loss, argnums=(0, 1)))
     text = step.trace(rows, taps).lower(lowering_platforms=("cuda",)).as_text()
@@ -197,7 +210,7 @@ def test_memory_grows_with_the_length_not_with_its_square():
     def largest(length):
         rows = (jax.ShapeDtypeStruct((1, length, 1, 16), "bfloat16"),) * 3
         taps = {"fixed": jax.ShapeDtypeStruct((1, 17), "float32")}
-        step = jax.make_jaxpr(jax.grad(lambda rows, taps: composite_attention(*rows, **taps).sum(), argnums=(0, 1)))
+        step = jax.make_jaxpr(jax.grad(lambda rows, taps: composite_attention(rows, **taps).sum(), argnums=(0, 1)))
         return max(v.aval.size for eqn in step(rows, taps).eqns for v in eqn.outvars)
 
     assert largest(8192) <= 16 * largest(512)

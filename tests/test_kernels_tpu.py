@@ -36,7 +36,7 @@ INTERPRET = jax.default_backend() != "tpu"
 def kernel(*qkv, segments=None, rate=0.0, edge=EDGE, scale=0.4, seed=SEED, **kwargs):
     options = {"dropout_rate": rate, "dropout_seed": jnp.asarray(seed) if rate else None, "scale": scale}
     segments = {"query_segments": segments, "key_segments": segments}
-    return composite_attention(*qkv, **kwargs, **segments, **options, edge=edge, interpret=INTERPRET)
+    return composite_attention(qkv, **kwargs, **segments, **options, edge=edge, interpret=INTERPRET)
 
 
 def check_against_float64(*args, edge=EDGE, **options):
@@ -126,7 +126,7 @@ def test_each_slot_gets_one_element_of_the_scores_gradient_and_those_beyond_the_
 
     @jax.jit
     def run(rows, learned, g):
-        spec, arrays = attention.prepare(*rows, **learned, edge=EDGE, interpret=True)
+        spec, arrays = attention.prepare(rows, **learned, edge=EDGE, interpret=True)
         return arrays, jax.vjp(functools.partial(attention._attention, spec), arrays)[1](g)[0]
 
     arrays, ours = jax.tree.map(np.asarray, run(rows, learned, g))
@@ -220,7 +220,7 @@ def shapes(T, K, dtype, W=17):
 def loss(rows, taps):
     segments = jnp.ones(rows[0].shape[:2], jnp.int32)
     options = {"query_segments": segments, "key_segments": segments, "dropout_rate": 0.1}
-    return composite_attention(*rows, **taps, **options, dropout_seed=jnp.asarray(SEED)).astype(jnp.float32).sum()
+    return composite_attention(rows, **taps, **options, dropout_seed=jnp.asarray(SEED)).astype(jnp.float32).sum()
 
 
 def step(*case, **sharding):
@@ -306,7 +306,7 @@ def test_attention_on_a_tpu_is_this_kernel_s(monkeypatch):
 
     def call(rows, fixed, segments):
         score = Score(content=0.125, fixed=fixed)
-        return attend.attend_by("auto")(*rows, score, segments, segments, 0.0, None)
+        return attend.attend_by("auto")(rows, score, segments, segments, 0.0, None)
 
     traced = jax.jit(call).trace(rows, taps["fixed"], jax.ShapeDtypeStruct((1, 128), "int32"))
     assert traced.lower(lowering_platforms=("tpu",)).as_text().count("@tpu_custom_call") == 1

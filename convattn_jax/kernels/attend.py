@@ -17,9 +17,7 @@ def attend_by(kernel: str) -> attention.Attend:
 
 def _attend(
     kernel: str,
-    q: Array,
-    k: Array,
-    v: Array,
+    qkv: attention.QKV,
     score: Score,
     query_segments: Array,
     key_segments: Array,
@@ -29,22 +27,21 @@ def _attend(
     heads: Array | None = None,
 ) -> Array:
     taps = [part for part in (score.fixed, score.dynamic_query, score.dynamic_key) if part is not None]
+    q, k = qkv[:2] if isinstance(qkv, tuple) else (qkv, qkv)
     call = Call(
         platform=default_platform(),
         length=q.shape[1],
         keys=k.shape[1],
-        head_size=q.shape[3],
+        head_size=q.shape[-1],
         dtype=q.dtype.name,
         dense=score.dense is not None,
         radius=max((part.shape[-1] // 2 for part in taps), default=0),
     )
     name = implementation(call, kernel)
     if name == "plain":
-        return attention.attend(q, k, v, score, query_segments, key_segments, dropout_rate, seed, rows, heads)
+        return attention.attend(qkv, score, query_segments, key_segments, dropout_rate, seed, rows, heads)
     return _fused(name)(
-        q,
-        k,
-        v,
+        qkv,
         fixed=score.fixed,
         dynamic_query=score.dynamic_query,
         dynamic_key=score.dynamic_key,

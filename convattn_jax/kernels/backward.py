@@ -7,14 +7,26 @@ A band's gradient is stored slot by slot while dS is at hand; the thin products 
 and of the taps follow in the same program, the taps' as shares, summed afterwards in float32.
 """
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jax import Array
 from jax.experimental import pallas as pl
 
 from convattn_jax.kernels import bands, tile
-from convattn_jax.kernels.forward import Leaf, Operands, Saved, band_shape, band_spec, operand_specs, per_token
+from convattn_jax.kernels.forward import (
+    Leaf,
+    Operands,
+    Saved,
+    apart,
+    band_shape,
+    band_spec,
+    operand_specs,
+    packed,
+    per_token,
+    rows_spec,
+)
 from convattn_jax.kernels.tile import Band, Side, Spec
 
 
@@ -37,34 +49,43 @@ class BandOutputs(NamedTuple):
     beta: Leaf = None  # (B, H, shares, C)
 
 
-class ByQueries(NamedTuple):
-    """What the pass by queries writes: delta for the other pass, or all of it where one tile holds everything."""
+class Rows(NamedTuple):
+    """The gradients of q, k, v that a pass writes; `packed` is that of the one array (B, T, H, 3, K) of all three."""
 
-    dq: Leaf
-    delta: Leaf
-    band: BandOutputs
-    keys: Any
+    q: Leaf = None
+    k: Leaf = None
+    v: Leaf = None
+    packed: Leaf = None
+
+    def store(self, spec: Spec, name: str, side: Side, value: Array) -> None:
+        """Writes the rows of a side, in a kernel."""
+        if self.packed is None:
+            tile.store_rows(spec, getattr(self, name), side, value)
+        else:
+            tile.store_rows(spec, self.packed, side, value, self._fields.index(name))
 
 
-class ByKeys(NamedTuple):
-    """What the pass by keys writes."""
+class Outputs(NamedTuple):
+    """What a pass writes: delta, where another pass follows, the gradients of rows and of its bands."""
 
-    dk: Leaf
-    dv: Leaf
-    band: BandOutputs
+    rows: Rows
+    delta: Leaf = None
+    query_band: BandOutputs = BandOutputs()
+    key_band: BandOutputs = BandOutputs()
 
 
 def backward(spec: Spec, operands: Operands, saved: Saved, out: Array | None, d_out: Array) -> Gradients:
     """Gradients of everything differentiable."""
-    by_queries = pass_by_queries(spec, operands, saved, out, d_out)
-    by_keys = by_queries.keys or pass_by_keys(spec, operands, saved, d_out, by_queries.delta)
+    first = last = pass_by_queries(spec, operands, saved, out, d_out)
+    if not spec.one_pass:
+        last = pass_by_keys(spec, operands, saved, d_out, first.delta, first.rows.packed)
     return Gradients(
-        by_queries.dq,
-        by_keys.dk,
-        by_keys.dv,
-        beta=None if operands.beta is None else jnp.sum(by_queries.band.beta, axis=(0, 2)),
-        query_taps=_add_shares(by_queries.band.taps, operands.query_taps),
-        key_taps=_add_shares(by_keys.band.taps, operands.key_taps),
+        first.rows.q if last.rows.packed is None else last.rows.packed,
+        last.rows.k,
+        last.rows.v,
+        beta=None if operands.beta is None else jnp.sum(first.query_band.beta, axis=(0, 2)),
+        query_taps=_add_shares(first.query_band.taps, operands.query_taps),
+        key_taps=_add_shares(last.key_band.taps, operands.key_taps),
     )
 
 
@@ -74,11 +95,25 @@ def _add_shares(shares: Array | None, taps: Array | None) -> Array | None:
     return jnp.sum(shares, axis=(0, 2) if taps.shape[0] > 1 else (0, 1, 2)).reshape(taps.shape)
 
 
-def _band_outputs(spec: Spec, band: Band | None, taps: Array | None, beta: Array | None, shares: int, k: Array):
+def _row_outputs(spec: Spec, operands: Operands, names: str) -> tuple[Rows, Rows]:
+    """(specs, shapes) of the gradients of q, k, v that a pass writes."""
+    like = tile.shape(*operands.q.shape, dtype=operands.q.dtype)
+    if packed(operands):
+        return Rows(packed=_packed_spec(spec)), Rows(packed=like)
+    return Rows(**dict.fromkeys(names, rows_spec(spec))), Rows(**dict.fromkeys(names, like))
+
+
+def _packed_spec(spec: Spec) -> pl.BlockSpec:
+    return pl.BlockSpec((None, spec.padded, None, 3, spec.width), lambda n, h, b: (b, 0, h, 0, 0))
+
+
+def _band_outputs(
+    spec: Spec, band: Band | None, taps: Array | None, beta: Array | None, shares: int, q: Array
+) -> tuple[BandOutputs, BandOutputs]:
     """(specs, shapes) of a band's outputs."""
     if band is None:
         return BandOutputs(), BandOutputs()
-    rows, _, heads, _ = k.shape
+    rows, _, heads = q.shape[:3]
     sizes = BandOutputs(
         taps=None if taps is None else (shares, spec.width, band.padded),
         beta=None if beta is None else (shares, band.padded),
@@ -96,18 +131,15 @@ def _band_outputs(spec: Spec, band: Band | None, taps: Array | None, beta: Array
     return specs, shapes
 
 
-def _key_outputs(spec: Spec, operands: Operands, shares: int) -> tuple[ByKeys, ByKeys]:
-    specs = operand_specs(spec, operands)
-    like = tile.shape(*operands.k.shape, dtype=operands.k.dtype)
-    band_specs, band_shapes = _band_outputs(spec, spec.key_band, operands.key_taps, None, shares, operands.k)
-    return ByKeys(specs.k, specs.v, band_specs), ByKeys(like, like, band_shapes)
-
-
-def _call(spec: Spec, kernel, name: str, size: tile.Tile, programs: int, inputs, in_specs, out_specs, out_shape):
-    rows, _, heads, _ = inputs[0].q.shape
+def _call(
+    spec: Spec, kernel, name: str, size: tile.Tile, programs: int, inputs, in_specs, outputs, aliases=None
+) -> Outputs:
+    rows, _, heads = inputs[0].q.shape[:3]
+    out_specs, out_shape = (Outputs(*parts) for parts in zip(*outputs, strict=True))
     return pl.pallas_call(
         lambda *refs: kernel(spec, *refs),
         name=name,
+        input_output_aliases=aliases or {},
         grid=(programs, heads, rows),
         in_specs=in_specs,
         out_specs=out_specs,
@@ -164,29 +196,37 @@ def _add(a: tuple[Array, Array], b: tuple[Array, Array]) -> tuple[Array, Array]:
 # --- by queries ------------------------------------------------------------------------------------------------------
 
 
-def pass_by_queries(spec: Spec, operands: Operands, saved: Saved, out: Array | None, d_out: Array) -> ByQueries:
+def pass_by_queries(spec: Spec, operands: Operands, saved: Saved, out: Array | None, d_out: Array) -> Outputs:
     """dq and delta, or all gradients where one tile holds everything."""
-    rows, _, heads, _ = operands.q.shape
-    specs, size = operand_specs(spec, operands), spec.blocks.dq
+    rows, _, heads = operands.q.shape[:3]
+    one, size = rows_spec(spec), spec.blocks.dq
     programs = spec.padded // size.queries
-    band = _band_outputs(spec, spec.query_band, operands.query_taps, operands.beta, programs, operands.q)
-    keys = _key_outputs(spec, operands, 1) if spec.one_pass else (None, None)
-    like = tile.shape(*operands.q.shape, dtype=operands.q.dtype)
+    no_band = BandOutputs(), BandOutputs()
+    outputs = (
+        _row_outputs(spec, operands, "qkv" if spec.one_pass else "q"),
+        (None, None) if spec.one_pass else (per_token(spec), tile.shape(rows, heads, spec.padded)),
+        _band_outputs(spec, spec.query_band, operands.query_taps, operands.beta, programs, operands.q),
+        _band_outputs(spec, spec.key_band, operands.key_taps, None, 1, operands.q) if spec.one_pass else no_band,
+    )
     return _call(
         spec,
         _query_kernel,
         "composite_attention_dq",
         size,
         programs,
-        (operands, saved, out, d_out),
-        [specs, _saved_specs(spec, None if saved.rest is None else specs.q), None if out is None else specs.q, specs.q],
-        ByQueries(specs.q, None if spec.one_pass else per_token(spec), band[0], keys[0]),
-        ByQueries(like, None if spec.one_pass else tile.shape(rows, heads, spec.padded), band[1], keys[1]),
+        (apart(operands), saved, out, d_out),
+        [
+            operand_specs(spec, operands),
+            _saved_specs(spec, None if saved.rest is None else one),
+            None if out is None else one,
+            one,
+        ],
+        outputs,
     )
 
 
 def _query_kernel(spec: Spec, refs: Operands, saved: Saved, out_ref, d_out_ref, *output_refs):
-    outputs = ByQueries(*output_refs)
+    outputs = Outputs(*output_refs)
     size = spec.blocks.dq
     program = 0 if spec.one_pass else pl.program_id(0)
     i = Side(program * size.queries, size.queries, 0)
@@ -209,14 +249,14 @@ def _query_kernel(spec: Spec, refs: Operands, saved: Saved, out_ref, d_out_ref, 
             outputs.delta[pl.ds(i.start, i.size)] = row_delta
         if spec.one_pass:
             dv = tile.dot(spec, kept_weights.astype(d_out.dtype), d_out, (0, 0)) * (1 / (1 - spec.rate))
-            tile.store_rows(spec, outputs.keys.dv, j, dv)
+            outputs.rows.store(spec, "v", j, dv)
         narrow = d_scores.astype(q.dtype)
         if spec.content:
             dq += tile.dot(spec, narrow, k)
         if spec.one_pass:
-            _write_dk(spec, refs, outputs.keys, q, k, d_scores, narrow, i, j, zone)
+            _write_dk(spec, refs, outputs, q, k, d_scores, narrow, i, j, zone)
         if spec.query_band:
-            ends = _add(ends, bands.band_gradient(spec, spec.query_band, outputs.band.band, i, j, d_scores, zone))
+            ends = _add(ends, bands.band_gradient(spec, spec.query_band, outputs.query_band.band, i, j, d_scores, zone))
         return dq, ends
 
     none = jnp.zeros((i.size,), jnp.float32)
@@ -224,44 +264,58 @@ def _query_kernel(spec: Spec, refs: Operands, saved: Saved, out_ref, d_out_ref, 
     dq = dq * spec.content
     if spec.query_band:
         visited = -(-spec.length // size.keys) * size.keys
-        dq = _finish(spec, spec.query_band, q, dq, ends, i, visited, outputs.band, refs.query_taps, program)
-    tile.store_rows(spec, outputs.dq, i, dq)
+        dq = _finish(spec, spec.query_band, q, dq, ends, i, visited, outputs.query_band, refs.query_taps, program)
+    outputs.rows.store(spec, "q", i, dq)
 
 
-def _write_dk(spec: Spec, refs: Operands, outputs: ByKeys, q, k, d_scores, narrow, i: Side, j: Side, zone: int):
+def _write_dk(spec: Spec, refs: Operands, outputs: Outputs, q, k, d_scores, narrow, i: Side, j: Side, zone: int):
     """dk where one tile holds everything."""
     dk = tile.dot(spec, narrow, q, (0, 0)) * spec.content if spec.content else jnp.zeros(k.shape, jnp.float32)
     if spec.key_band:
-        ends = bands.band_gradient(spec, spec.key_band, outputs.band.band, j, i, d_scores, -zone)
-        dk = _finish(spec, spec.key_band, k, dk, ends, j, i.size, outputs.band, refs.key_taps, 0)
-    tile.store_rows(spec, outputs.dk, j, dk)
+        ends = bands.band_gradient(spec, spec.key_band, outputs.key_band.band, j, i, d_scores, -zone)
+        dk = _finish(spec, spec.key_band, k, dk, ends, j, i.size, outputs.key_band, refs.key_taps, 0)
+    outputs.rows.store(spec, "k", j, dk)
 
 
 # --- by keys ---------------------------------------------------------------------------------------------------------
 
 
-def pass_by_keys(spec: Spec, operands: Operands, saved: Saved, d_out: Array, delta: Array) -> ByKeys:
-    """dk and dv."""
+def pass_by_keys(
+    spec: Spec, operands: Operands, saved: Saved, d_out: Array, delta: Array, onto: Array | None = None
+) -> Outputs:
+    """dk and dv; where q, k and v are one array, the pass by queries has written its part into `onto`."""
     size = spec.blocks.dkv
     assert size is not None
     programs = spec.padded // size.keys
-    specs = operand_specs(spec, operands)
-    out_specs, out_shapes = _key_outputs(spec, operands, programs)
+    inputs = apart(operands), saved._replace(rest=None), d_out, delta
+    outputs = (
+        _row_outputs(spec, operands, "kv"),
+        (None, None),
+        (BandOutputs(), BandOutputs()),
+        _band_outputs(spec, spec.key_band, operands.key_taps, None, programs, operands.q),
+    )
     return _call(
         spec,
         _key_kernel,
         "composite_attention_dkv",
         size,
         programs,
-        (operands, saved._replace(rest=None), d_out, delta),
-        [specs, _saved_specs(spec), specs.q, per_token(spec)],
-        out_specs,
-        out_shapes,
+        (*inputs, onto),
+        [
+            operand_specs(spec, operands),
+            _saved_specs(spec),
+            rows_spec(spec),
+            per_token(spec),
+            None if onto is None else _packed_spec(spec),
+        ],
+        outputs,
+        {} if onto is None else {len(jax.tree.leaves(inputs)): 0},
     )
 
 
-def _key_kernel(spec: Spec, refs: Operands, saved: Saved, d_out_ref, delta_ref, *output_refs):
-    outputs = ByKeys(*output_refs)
+def _key_kernel(spec: Spec, refs: Operands, saved: Saved, d_out_ref, delta_ref, onto_ref, *output_refs):
+    del onto_ref  # the same memory as the rows' gradient
+    outputs = Outputs(*output_refs)
     size, program = spec.blocks.dkv, pl.program_id(0)
     assert size is not None
     j = Side(program * size.keys, size.keys, 0)  # keys down: P^T and dS^T feed their products from registers
@@ -277,7 +331,7 @@ def _key_kernel(spec: Spec, refs: Operands, saved: Saved, d_out_ref, delta_ref, 
         if spec.content:
             dk += tile.dot(spec, d_scores.astype(q.dtype), q)
         if spec.key_band:
-            ends = _add(ends, bands.band_gradient(spec, spec.key_band, outputs.band.band, j, i, d_scores, zone))
+            ends = _add(ends, bands.band_gradient(spec, spec.key_band, outputs.key_band.band, j, i, d_scores, zone))
         return dk, dv, ends
 
     zeros, none = jnp.zeros(k.shape, jnp.float32), jnp.zeros((j.size,), jnp.float32)
@@ -285,6 +339,6 @@ def _key_kernel(spec: Spec, refs: Operands, saved: Saved, d_out_ref, delta_ref, 
     dk = dk * spec.content
     if spec.key_band:
         visited = -(-spec.length // size.queries) * size.queries
-        dk = _finish(spec, spec.key_band, k, dk, ends, j, visited, outputs.band, refs.key_taps, program)
-    tile.store_rows(spec, outputs.dk, j, dk)
-    tile.store_rows(spec, outputs.dv, j, dv * (1 / (1 - spec.rate)))
+        dk = _finish(spec, spec.key_band, k, dk, ends, j, visited, outputs.key_band, refs.key_taps, program)
+    outputs.rows.store(spec, "k", j, dk)
+    outputs.rows.store(spec, "v", j, dv * (1 / (1 - spec.rate)))

@@ -19,12 +19,11 @@ from convattn_jax.kernels import forward as forward_pass
 from convattn_jax.kernels import inputs
 from convattn_jax.kernels.forward import Operands
 from convattn_jax.kernels.tile import Band, Spec
+from convattn_jax.model.attention import QKV
 
 
 def composite_attention(
-    q: Float[Array, "B T H K"],
-    k: Float[Array, "B T H K"],
-    v: Float[Array, "B T H K"],
+    qkv: QKV,
     *,
     fixed: Float[Array, "H W"] | None = None,
     dynamic_query: Float[Array, "*G K W"] | None = None,
@@ -43,6 +42,7 @@ def composite_attention(
     """sum_j dropout(softmax_j(score_ij)) v_j, forward and backward without any array of T x T.
 
     Args:
+      qkv: queries, keys and values; where they are one array, so is their gradient, and nothing is copied.
       fixed: beta, float32.
       dynamic_query, dynamic_key: w^Q and w^K, float32, shared by all heads or with a leading axis of H.
       content: the factor of q_i.k_j beside `scale`; False leaves the product out.
@@ -54,9 +54,7 @@ def composite_attention(
       interpret: run the kernels' bodies on the CPU.
     """
     spec, operands = prepare(
-        q,
-        k,
-        v,
+        qkv,
         fixed,
         dynamic_query,
         dynamic_key,
@@ -75,9 +73,7 @@ def composite_attention(
 
 
 def prepare(
-    q: Array,
-    k: Array,
-    v: Array,
+    qkv: QKV,
     fixed: Array | None = None,
     dynamic_query: Array | None = None,
     dynamic_key: Array | None = None,
@@ -93,10 +89,12 @@ def prepare(
     interpret: bool = False,
 ) -> tuple[Spec, Operands]:
     """What the kernels take, of what `composite_attention` takes: slots for taps, padded segments, words for seeds."""
-    reason = inputs.supports(q.shape[1], k.shape[1], q.shape[3], q.dtype)
+    q, k, v = qkv if isinstance(qkv, tuple) else (qkv, None, None)
+    batch, length, head_count = q.shape[:3]
+    head_size = q.shape[-1]
+    reason = inputs.supports(length, length if k is None else k.shape[1], head_size, q.dtype)
     if reason:
         raise ValueError(f"composite_attention: {reason}")
-    length, head_size = q.shape[1], q.shape[3]
     query_radius = inputs.common_radius(length, fixed, dynamic_query)
     key_radius = inputs.common_radius(length, dynamic_key)
     spec = Spec(
@@ -123,7 +121,7 @@ def prepare(
         key_taps=_slots(spec.key_band, _tall(spec, dynamic_key, scale)),
         query_segments=segments[0],
         key_segments=segments[1],
-        words=inputs.row_words(q.shape[0], q.shape[2], dropout_seed, rows, heads)
+        words=inputs.row_words(batch, head_count, dropout_seed, rows, heads)
         if dropout_seed is not None and spec.rate
         else None,
     )

@@ -16,7 +16,7 @@ Leaf = Any  # an array; in a kernel its reference; in a call of Pallas its block
 class Operands(NamedTuple):
     """What every pass reads; P is the padded length, G 1 or H, C slots rounded up to whole chunks."""
 
-    q: Leaf  # (B, T, H, K)
+    q: Leaf  # (B, T, H, K), as k and v; or all three, (B, T, H, 3, K), and no others
     k: Leaf
     v: Leaf
     beta: Leaf | None  # (H, C) float32
@@ -36,16 +36,36 @@ class Saved(NamedTuple):
     rest: Leaf | None  # (B, T, H, K): the output minus what bfloat16 holds of it, which delta needs
 
 
+def packed(operands: Operands) -> bool:
+    """Whether queries, keys and values are one array."""
+    return operands.k is None
+
+
+def apart(operands: Operands) -> Operands:
+    """What a call is given: the one array once for each of its parts, which `operand_specs` tells apart."""
+    return operands._replace(k=operands.q, v=operands.q) if packed(operands) else operands
+
+
+def rows_spec(spec: Spec) -> pl.BlockSpec:
+    """The tokens of one (row, head), of an array (B, T, H, K)."""
+    return pl.BlockSpec((None, spec.padded, None, spec.width), lambda n, h, b: (b, 0, h, 0))
+
+
 def operand_specs(spec: Spec, operands: Operands) -> Operands:
     """Each program gets a whole (row, head) and picks its tiles itself."""
-    rows = pl.BlockSpec((None, spec.padded, None, spec.width), lambda n, h, b: (b, 0, h, 0))
+
+    def rows(part: int) -> pl.BlockSpec:
+        if not packed(operands):
+            return rows_spec(spec)
+        return pl.BlockSpec((None, spec.padded, None, None, spec.width), lambda n, h, b: (b, 0, h, part, 0))
+
     segments = pl.BlockSpec((None, spec.padded), lambda n, h, b: (b, 0))
     word = pl.BlockSpec((1, 1), lambda n, h, b: (b, h))
     beta = operands.beta
     return Operands(
-        q=rows,
-        k=rows,
-        v=rows,
+        q=rows(0),
+        k=rows(1),
+        v=rows(2),
         beta=None if beta is None else pl.BlockSpec((None, beta.shape[1]), lambda n, h, b: (h, 0)),
         query_taps=_taps_spec(operands.query_taps),
         key_taps=_taps_spec(operands.key_taps),
@@ -82,7 +102,7 @@ def key_band(spec: Spec, operands: Operands) -> Array | None:
     band, size = spec.key_band, spec.blocks.forward
     if band is None:
         return None
-    rows, _, heads, _ = operands.k.shape
+    rows, _, heads = operands.q.shape[:3]
 
     def kernel(k_ref, taps_ref, band_ref):
         j = Side(pl.program_id(0) * size.queries, size.queries, 0)
@@ -98,22 +118,22 @@ def key_band(spec: Spec, operands: Operands) -> Array | None:
         out_shape=band_shape(spec, spec.key_band, rows, heads),
         compiler_params=tile.compiler_params(size),
         interpret=spec.interpret,
-    )(operands.k, operands.key_taps)
+    )(apart(operands).k, operands.key_taps)
 
 
 def forward(spec: Spec, operands: Operands) -> tuple[Array, Saved]:
     """The output (B, T, H, K) and what the backward pass needs."""
-    rows, _, heads, _ = operands.q.shape
+    rows, _, heads = operands.q.shape[:3]
     size = spec.blocks.forward
     by_key = key_band(spec, operands)
-    rows_spec, like = operand_specs(spec, operands).q, tile.shape(*operands.q.shape, dtype=operands.q.dtype)
+    one, like = rows_spec(spec), tile.shape(rows, spec.length, heads, spec.head_size, dtype=operands.q.dtype)
     with_rest = spec.half and not spec.whole_rows
     out, lse, by_query, rest = pl.pallas_call(
         lambda *refs: _kernel(spec, *refs),
         name="composite_attention_forward",
         grid=(spec.padded // size.queries, heads, rows),
         in_specs=[operand_specs(spec, operands), band_spec(spec, spec.key_band)],
-        out_specs=[rows_spec, per_token(spec), band_spec(spec, spec.query_band), rows_spec if with_rest else None],
+        out_specs=[one, per_token(spec), band_spec(spec, spec.query_band), one if with_rest else None],
         out_shape=[
             like,
             tile.shape(rows, heads, spec.padded),
@@ -122,7 +142,7 @@ def forward(spec: Spec, operands: Operands) -> tuple[Array, Saved]:
         ],
         compiler_params=tile.compiler_params(size),
         interpret=spec.interpret,
-    )(operands, by_key)
+    )(apart(operands), by_key)
     return out, Saved(lse, by_query, by_key, rest)
 
 

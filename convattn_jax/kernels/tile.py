@@ -123,9 +123,10 @@ def load_rows(spec: Spec, ref, side: Side) -> Array:
     return rows[...] if present is None else plgpu.load(rows, mask=present, other=0)
 
 
-def store_rows(spec: Spec, ref, side: Side, value: Array) -> None:
-    """Writes the rows of a side in the array's dtype."""
-    rows = ref.at[pl.ds(side.start, side.size), pl.ds(0, spec.width)]
+def store_rows(spec: Spec, ref, side: Side, value: Array, part: int | None = None) -> None:
+    """Writes the rows of a side in the array's dtype, as a part of it where it holds several."""
+    tokens, channels = pl.ds(side.start, side.size), pl.ds(0, spec.width)
+    rows = ref.at[tokens, channels] if part is None else ref.at[tokens, np.int32(part), channels]
     plgpu.store(rows, value.astype(ref.dtype), mask=_present(spec, side))
 
 

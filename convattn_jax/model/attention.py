@@ -17,6 +17,8 @@ from convattn_jax.model.dropout import Seed, keep_pairs
 from convattn_jax.model.layers import wide_product
 from convattn_jax.model.score import Score
 
+# Queries (B, T, H, K), keys and values (B, S, H, K); or of one product, side by side: (B, T, H, 3, K)
+QKV = tuple[Array, Array, Array] | Float[Array, "B T H 3 K"]
 MAX_ONE_HOT_TAPS = 65  # a one-hot product beats a gather up to about this many taps (docs/performance.md)
 
 
@@ -118,10 +120,13 @@ def weighted_values(alpha: Float[Array, "B H T S"], v: Float[Array, "B S H K"]) 
     return jnp.einsum("bhts,bshk->bthk", alpha.astype(v.dtype), v)
 
 
+def separate(qkv: QKV) -> tuple[Array, Array, Array]:
+    """Queries, keys and values as arrays of their own."""
+    return qkv if isinstance(qkv, tuple) else (qkv[..., 0, :], qkv[..., 1, :], qkv[..., 2, :])
+
+
 def attend(
-    q: Float[Array, "B T H K"],
-    k: Float[Array, "B S H K"],
-    v: Float[Array, "B S H K"],
+    qkv: QKV,
     score: Score,
     query_segments: Int[Array, "B T"],
     key_segments: Int[Array, "B S"],
@@ -134,6 +139,7 @@ def attend(
 
     `rows` and `heads` are their numbers in the whole batch, where a device holds a part: dropout depends on them.
     """
+    q, k, v = separate(qkv)
     alpha = attention_map(q, k, score, query_segments, key_segments)
     return weighted_values(drop(alpha, dropout_rate, seed, rows, heads), v)
 

@@ -15,6 +15,7 @@ from jaxtyping import Float
 
 from convattn_jax.config import check, check_choice
 from convattn_jax.model import convolution
+from convattn_jax.model.attention import QKV
 from convattn_jax.model.convolution import Convolve, Kernel
 from convattn_jax.model.inputs import Inputs
 from convattn_jax.model.layers import Linear, kernel_init, linear
@@ -70,26 +71,39 @@ class ProjectionModule(nn.Module):
         raise NotImplementedError
 
 
-def project(
-    modules: Sequence[ProjectionModule], x: Float[Array, "B T D"], inputs: Inputs, convolve: Convolve
-) -> list[Float[Array, "B T H K"]]:
-    """Each projection of x. Their depthwise convolutions, if any, are one call, which may read x once for all."""
+def project(modules: Sequence[ProjectionModule], x: Float[Array, "B T D"], inputs: Inputs, convolve: Convolve) -> QKV:
+    """Queries, keys and values of x, each by its module.
+
+    Three linear maps are one product, which reads x once, forward and backward. Depthwise convolutions, if any, are one
+    call, which may do the same.
+    """
+    linear_ones = [module for module in modules if isinstance(module, LinearProjection)]
+    if len(linear_ones) == len(modules):
+        kernels, biases = zip(*(module.weights() for module in linear_ones), strict=True)
+        # a head's three parts are neighbours: a device that holds some of the heads holds a run of columns
+        return linear(x, jnp.stack(kernels, axis=2), jnp.stack(biases, axis=1))
     kernels = [module.kernel() for module in modules]
     wanted = [kernel for kernel in kernels if kernel is not None]
     convolved = iter(convolve(x, wanted, inputs) if wanted else ())
-    return [
+    q, k, v = (
         module(x, inputs, None if kernel is None else next(convolved))
         for module, kernel in zip(modules, kernels, strict=True)
-    ]
+    )
+    return q, k, v
 
 
 class LinearProjection(ProjectionModule):
     """x W + b."""
 
     @nn.compact
-    def __call__(self, x: Float[Array, "B T D"], inputs: Inputs, convolved: Array | None) -> Float[Array, "B T H K"]:
+    def weights(self) -> tuple[Float[Array, "D H K"], Float[Array, "H K"]]:
+        """W and b."""
         kernel = self.param("kernel", kernel_init, (self.width, *self.heads))
-        return linear(x, kernel, self.param("bias", nn.initializers.zeros, self.heads))
+        return kernel, self.param("bias", nn.initializers.zeros, self.heads)
+
+    def __call__(self, x: Float[Array, "B T D"], inputs: Inputs, convolved: Array | None) -> Float[Array, "B T H K"]:
+        """The map."""
+        return linear(x, *self.weights())
 
 
 class SeparableProjection(ProjectionModule):

@@ -10,7 +10,7 @@ from flax import linen as nn
 from jax import Array
 from jaxtyping import Float
 
-from convattn_jax.model.attention import attention_map, drop, dynamic_taps, weighted_values
+from convattn_jax.model.attention import attention_map, drop, dynamic_taps, separate, weighted_values
 from convattn_jax.model.branches import BRANCHES
 from convattn_jax.model.config import ModelConfig
 from convattn_jax.model.dropout import Seed
@@ -18,7 +18,7 @@ from convattn_jax.model.inputs import Inputs
 from convattn_jax.model.layers import Linear
 from convattn_jax.model.operations import PLAIN, Operations
 from convattn_jax.model.projections import project, projection
-from convattn_jax.model.rotations import ROTATIONS
+from convattn_jax.model.rotations import ROTATIONS, no_rotation
 from convattn_jax.model.score import Score
 from convattn_jax.model.scores import TERMS
 from convattn_jax.model.term import Surroundings, TermShape
@@ -45,9 +45,12 @@ class SelfAttention(nn.Module):
             x = x * inputs.valid[..., None].astype(x.dtype)
         kinds = {"query": c.query_key, "key": c.query_key, "value": c.value}
         projections = [projection(kind, c.width, heads, name) for name, kind in kinds.items()]
-        q, k, v = project(projections, x, inputs, self.operations.convolve)
+        qkv = project(projections, x, inputs, self.operations.convolve)
         rotate = ROTATIONS[c.rotation].function
-        q, k = rotate(q, inputs.positions), rotate(k, inputs.positions)
+        if rotate is not no_rotation:
+            q, k, v = separate(qkv)
+            qkv = rotate(q, inputs.positions), rotate(k, inputs.positions), v
+        q, k, v = separate(qkv)
         score = sum((_term(name, shape)(_surroundings(name, inputs, shared)) for name in c.scores), Score())
 
         asked: dict[str, Array] = {}
@@ -63,7 +66,7 @@ class SelfAttention(nn.Module):
             alpha = drop(alpha, c.attention_dropout, seed)
             out = weighted_values(alpha, v)
         else:
-            out = self.operations.attend(q, k, v, score, *segments, c.attention_dropout, seed)
+            out = self.operations.attend(qkv, score, *segments, c.attention_dropout, seed)
         for name in c.branches:
             out += BRANCHES[name].module(shape, name=name)(v, alpha, inputs)
         return Linear(heads, (c.width,), name="output")(out), asked

@@ -17,14 +17,13 @@ from convattn_jax.kernels import inputs
 from convattn_jax.kernels.tpu import backward as backward_pass
 from convattn_jax.kernels.tpu import forward as forward_pass
 from convattn_jax.kernels.tpu.operands import LANES, Operands, Spec
+from convattn_jax.model.attention import QKV, separate
 
 EDGES = (512, 384, 256)  # of a tile, the largest that divides the padded length, else LANES; never timed
 
 
 def composite_attention(
-    q: Float[Array, "B T H K"],
-    k: Float[Array, "B T H K"],
-    v: Float[Array, "B T H K"],
+    qkv: QKV,
     *,
     fixed: Float[Array, "H W"] | None = None,
     dynamic_query: Float[Array, "*G K W"] | None = None,
@@ -47,9 +46,7 @@ def composite_attention(
       interpret: run the kernels' bodies on the CPU.
     """
     spec, operands = prepare(
-        q,
-        k,
-        v,
+        qkv,
         fixed,
         dynamic_query,
         dynamic_key,
@@ -65,13 +62,11 @@ def composite_attention(
         interpret,
     )
     out: Array = _attention(spec, operands)
-    return out[:, :, : q.shape[1]].swapaxes(1, 2)
+    return out[:, :, : jax.tree.leaves(qkv)[0].shape[1]].swapaxes(1, 2)
 
 
 def prepare(
-    q: Array,
-    k: Array,
-    v: Array,
+    qkv: QKV,
     fixed: Array | None = None,
     dynamic_query: Array | None = None,
     dynamic_key: Array | None = None,
@@ -87,6 +82,7 @@ def prepare(
     interpret: bool = False,
 ) -> tuple[Spec, Operands]:
     """What the kernels take, of what `composite_attention` takes: slots per token, whole tiles, words for seeds."""
+    q, k, v = separate(qkv)
     batch, length, head_count, head_size = q.shape
     reason = inputs.supports(length, k.shape[1], head_size, q.dtype)
     if reason:
