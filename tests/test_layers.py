@@ -6,8 +6,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from scipy.special import logsumexp
 
-from convattn_jax.model.heads import cross_entropy, take_positions, tied_logits
+from convattn_jax.model.heads import cross_entropy, sums_at_once, take_positions, tied_logits
 from convattn_jax.model.layers import gelu, layer_norm, linear, wide_product
 
 draw = np.random.default_rng(0)
@@ -64,6 +65,17 @@ def test_cross_entropy_is_the_negative_log_probability_of_the_label():
     probabilities = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
     expected = -np.log(np.take_along_axis(probabilities, labels[..., None], -1)[..., 0])
     np.testing.assert_allclose(cross_entropy(jnp.asarray(logits), jnp.asarray(labels)), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e4])
+def test_one_reading_of_the_logits_gives_both_sums(scale):
+    """What accelerators run in the place of two readings."""
+    logits = scale * np.random.default_rng(0).standard_normal((3, 5, 700)).astype(np.float32)
+    logits[0, 0, 3] = np.finfo(np.float32).min
+    labels = np.arange(15).reshape(3, 5)
+    total, picked = jax.jit(sums_at_once)(jnp.asarray(logits), jnp.asarray(labels))
+    np.testing.assert_allclose(total, logsumexp(logits.astype(np.float64), axis=-1), rtol=1e-6)
+    np.testing.assert_array_equal(picked, np.take_along_axis(logits, labels[..., None], -1)[..., 0])
 
 
 def test_cross_entropy_bears_huge_logits_and_ruled_out_rows():

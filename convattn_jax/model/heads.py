@@ -17,9 +17,48 @@ def take_positions(x: Float[Array, "B T D"], positions: Int[Array, "B P"]) -> Fl
 
 def cross_entropy(logits: Float[Array, "... V"], labels: Int[Array, "..."]) -> Float[Array, "..."]:
     """-log softmax(logits)[label] in nats; the label's logit is picked by comparison, not by a gather."""
-    logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
-    hit = jax.lax.broadcasted_iota(labels.dtype, logits.shape, logits.ndim - 1) == labels[..., None]
-    return jax.nn.logsumexp(logits, axis=-1) - jnp.where(hit, logits, 0).sum(-1)
+    return _cross_entropy(logits.astype(jnp.promote_types(logits.dtype, jnp.float32)), labels)
+
+
+@jax.custom_vjp
+def _cross_entropy(logits: Array, labels: Array) -> Array:
+    return _cross_entropy_forward(logits, labels)[0]
+
+
+def _cross_entropy_forward(logits: Array, labels: Array) -> tuple[Array, tuple[Array, ...]]:
+    total, picked = jax.lax.platform_dependent(logits, labels, cpu=_sums, default=sums_at_once)
+    return total - picked, (logits, labels, total)
+
+
+def _cross_entropy_backward(saved: tuple[Array, ...], gradient: Array) -> tuple[Array, None]:
+    logits, labels, total = saved
+    softmax = jnp.exp(logits - total[..., None])
+    return gradient[..., None] * (softmax - _hit(logits, labels).astype(logits.dtype)), None
+
+
+_cross_entropy.defvjp(_cross_entropy_forward, _cross_entropy_backward)
+
+
+def _hit(logits: Array, labels: Array) -> Array:
+    return jax.lax.broadcasted_iota(labels.dtype, logits.shape, logits.ndim - 1) == labels[..., None]
+
+
+def _sums(logits: Array, labels: Array) -> tuple[Array, Array]:
+    return jax.nn.logsumexp(logits, axis=-1), jnp.where(_hit(logits, labels), logits, 0).sum(-1)
+
+
+def sums_at_once(logits: Float[Array, "... V"], labels: Int[Array, "..."]) -> tuple[Array, Array]:
+    """(log sum exp(logits), the label's logit), the logits read once: a sum is rescaled when a larger logit is met."""
+
+    def join(a: tuple[Array, ...], b: tuple[Array, ...]) -> tuple[Array, ...]:
+        shrink = jnp.exp(-jnp.abs(a[0] - b[0]))
+        total = jnp.where(a[0] > b[0], a[1] + b[1] * shrink, a[1] * shrink + b[1])
+        return jnp.maximum(a[0], b[0]), total, a[2] + b[2]
+
+    zero, lowest = jnp.zeros((), logits.dtype), jnp.asarray(jnp.finfo(logits.dtype).min)
+    parts = logits, jnp.ones_like(logits), jnp.where(_hit(logits, labels), logits, 0)
+    top, total, picked = jax.lax.reduce(parts, (lowest, zero, zero), join, (logits.ndim - 1,))
+    return top + jnp.log(total), picked
 
 
 @jax.custom_vjp
