@@ -156,7 +156,7 @@ def test_vmap_of_the_gradient_is_the_gradient_of_each(packed):
         assert_close(jax.tree.map(lambda x, n=number: x[n], together), jax.tree.map(np.asarray, alone), 1e-6)
 
 
-@pytest.mark.parametrize("blocks", [SMALL, UNEVEN, None])
+@pytest.mark.parametrize("blocks", [SMALL, None])
 def test_rows_side_by_side_in_one_array_have_one_gradient_of_the_same_bits(blocks):
     rows, learned, g = draw(40)
     options = {"rate": 0.2, "blocks": blocks, "segments": padded_and_packed(40)}
