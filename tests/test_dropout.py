@@ -48,6 +48,47 @@ def test_heads_and_pairs_of_positions_are_independent():
     assert (kept != kept.swapaxes(2, 3)).any()
 
 
+# Places (query, key) that belong together, wherever the first of them stands: an even choice would show their bond.
+TOGETHER = {
+    "neighbours of a query": [(0, 0), (0, 1)],
+    "neighbours of a key": [(0, 0), (1, 0)],
+    "every other key": [(0, 0), (0, 2)],
+    "on a diagonal": [(0, 0), (1, 1)],
+    "on the other diagonal": [(0, 1), (1, 0)],
+    "three of a query": [(0, 0), (0, 1), (0, 2)],
+    "three of a rectangle": [(0, 0), (0, 1), (1, 0)],
+    "a rectangle": [(0, 0), (0, 1), (1, 0), (1, 1)],
+    "a wide rectangle": [(0, 0), (0, 5), (3, 0), (3, 5)],
+    "a cycle of six": [(0, 0), (0, 1), (1, 1), (1, 2), (2, 2), (2, 0)],
+}
+
+
+@pytest.mark.parametrize("shape", [(96, 12, 12, 12), (1, 3, 256, 256)], ids=["short rows", "long rows"])
+@pytest.mark.parametrize("places", TOGETHER.values(), ids=TOGETHER)
+def test_pairs_of_positions_are_dropped_independently(places, shape):
+    rate = 0.3
+    dropped = ~np.asarray(keep_pairs(SEED, shape, rate))
+    queries, keys = (length - max(place) for length, place in zip(shape[2:], zip(*places, strict=True), strict=True))
+    code = sum(
+        dropped[:, :, i : i + queries, j : j + keys].astype(int) << number for number, (i, j) in enumerate(places)
+    )
+    counts = np.bincount(np.ravel(code), minlength=1 << len(places))
+    struck = [bin(case).count("1") for case in range(len(counts))]
+    expected = np.size(code) * np.array([rate**n * (1 - rate) ** (len(places) - n) for n in struck])
+    freedom = len(counts) - 1
+    assert ((counts - expected) ** 2 / expected).sum() < freedom + 6 * (2 * freedom) ** 0.5
+
+
+def test_every_query_and_every_key_of_every_row_loses_the_same_share():
+    rate, shape = 0.1, (8, 12, 128, 128)
+    dropped = ~np.asarray(keep_pairs(SEED, shape, rate))
+    for axes in (2, 3, (2, 3), (0, 1)):
+        struck = dropped.sum(axes)
+        draws = dropped.size / struck.size
+        spread = ((struck - draws * rate) ** 2).mean() / (draws * rate * (1 - rate))
+        assert abs(spread - 1) < 6 * (2 / struck.size) ** 0.5
+
+
 def test_a_row_has_the_same_bits_whatever_stands_beside_it():
     assert np.array_equal(bits(shape=(4, 8, 64)), bits(shape=(16, 8, 64))[:4])
     few, many = (np.asarray(keep_pairs(SEED, shape, 0.5)) for shape in ((2, 2, 8, 8), (3, 4, 16, 12)))

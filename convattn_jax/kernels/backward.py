@@ -7,6 +7,7 @@ A band's gradient is stored slot by slot while dS is at hand; the thin products 
 and of the taps follow in the same program, the taps' as shares, summed afterwards in float32.
 """
 
+import math
 from typing import NamedTuple
 
 import jax
@@ -156,32 +157,33 @@ def _saved_specs(spec: Spec, rest: pl.BlockSpec | None = None) -> Saved:
 class _Gradient(NamedTuple):
     """Of one tile."""
 
-    kept_weights: Array  # P after dropout but for its factor
+    dropped: Array  # P after dropout
     d_scores: Array
     delta: Array
 
 
 def _tile_gradient(spec: Spec, refs: Operands, saved: Saved, q, k, v, d_out, delta, i: Side, j: Side, zone: int, below):
-    """P and dS of a tile; the sides say which way it lies."""
+    """P and dS of a tile; the sides say which way it lies.
+
+    With dropout the exponentials already hold its factor f = 1 / (1 - rate): fP comes out, and where D is fP with
+    zeros for what is dropped, dS = D * dP - fP * delta / f.
+    """
     both = bands.Bands(spec, i, j, zone, (saved.query_band, saved.key_band), below)
     lse = saved.lse[pl.ds(i.start, i.size)]
     segments = refs.query_segments[pl.ds(i.start, i.size)] if refs.query_segments is not None else None
     down, across = (q, k) if i.axis == 0 else (k, q)
     product = tile.dot(spec, down, across, (1, 1)) if spec.content else None
-    scores = tile.hide(spec, both.scores(product, -lse), i, j, segments, refs.key_segments)
-    weights = kept_weights = tile.exp2(spec, scores)
+    scores = tile.hide(spec, both.scores(product, -lse - math.log2(1 - spec.rate)), i, j, segments, refs.key_segments)
+    weights = tile.exp2(spec, scores)
     down, across = (d_out, v) if i.axis == 0 else (v, d_out)
     d_weights = tile.dot(spec, down, across, (1, 1))
-    factor = 1.0
-    if refs.words is not None:
-        words = refs.words[0][0, 0], refs.words[1][0, 0]
-        kept, factor = tile.kept(spec, i, j, words), 1 / (1 - spec.rate)
-        d_weights, kept_weights = jnp.where(kept, d_weights, 0.0), jnp.where(kept, weights, 0.0)
-    if delta is None:
-        delta = i.total(weights * d_weights) * factor
-    mean = i.spread(delta)
-    centred = d_weights - mean if factor == 1 else tile.fma(spec, d_weights, factor, -mean)
-    return _Gradient(kept_weights, weights * centred, delta)
+    if refs.factors is None:
+        delta = i.total(weights * d_weights) if delta is None else delta
+        return _Gradient(weights, weights * (d_weights - i.spread(delta)), delta)
+    dropped = tile.drop(spec, i, j, refs.factors, weights)
+    delta = i.total(dropped * d_weights) if delta is None else delta
+    d_scores = tile.fma(spec, dropped, d_weights, weights * i.spread(delta * (spec.rate - 1)))
+    return _Gradient(dropped, d_scores, delta)
 
 
 def _finish(spec: Spec, band, x, gradient, ends, owner, visited, outputs: BandOutputs, taps_ref, share):
@@ -244,11 +246,11 @@ def _query_kernel(spec: Spec, refs: Operands, saved: Saved, out_ref, d_out_ref, 
         dq, ends = carry
         j = Side(start, size.keys, 1)
         k, v = tile.load_rows(spec, refs.k, j), tile.load_rows(spec, refs.v, j)
-        kept_weights, d_scores, row_delta = _tile_gradient(spec, refs, saved, q, k, v, d_out, delta, i, j, zone, below)
+        dropped, d_scores, row_delta = _tile_gradient(spec, refs, saved, q, k, v, d_out, delta, i, j, zone, below)
         if spec.whole_rows and not spec.one_pass:
             outputs.delta[pl.ds(i.start, i.size)] = row_delta
         if spec.one_pass:
-            dv = tile.dot(spec, kept_weights.astype(d_out.dtype), d_out, (0, 0)) * (1 / (1 - spec.rate))
+            dv = tile.dot(spec, dropped.astype(d_out.dtype), d_out, (0, 0))
             outputs.rows.store(spec, "v", j, dv)
         narrow = d_scores.astype(q.dtype)
         if spec.content:
@@ -326,8 +328,8 @@ def _key_kernel(spec: Spec, refs: Operands, saved: Saved, d_out_ref, delta_ref, 
         i = Side(start, size.queries, 1)
         q, d_out = tile.load_rows(spec, refs.q, i), tile.load_rows(spec, d_out_ref, i)
         delta = delta_ref[pl.ds(i.start, i.size)]
-        kept_weights, d_scores, _ = _tile_gradient(spec, refs, saved, q, k, v, d_out, delta, i, j, -zone, None)
-        dv += tile.dot(spec, kept_weights.astype(d_out.dtype), d_out)
+        dropped, d_scores, _ = _tile_gradient(spec, refs, saved, q, k, v, d_out, delta, i, j, -zone, None)
+        dv += tile.dot(spec, dropped.astype(d_out.dtype), d_out)
         if spec.content:
             dk += tile.dot(spec, d_scores.astype(q.dtype), q)
         if spec.key_band:
@@ -341,4 +343,4 @@ def _key_kernel(spec: Spec, refs: Operands, saved: Saved, d_out_ref, delta_ref, 
         visited = -(-spec.length // size.queries) * size.queries
         dk = _finish(spec, spec.key_band, k, dk, ends, j, visited, outputs.key_band, refs.key_taps, program)
     outputs.rows.store(spec, "k", j, dk)
-    outputs.rows.store(spec, "v", j, dv * (1 / (1 - spec.rate)))
+    outputs.rows.store(spec, "v", j, dv)

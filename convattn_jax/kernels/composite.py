@@ -20,6 +20,7 @@ from convattn_jax.kernels import inputs
 from convattn_jax.kernels.forward import Operands
 from convattn_jax.kernels.tile import Band, Spec
 from convattn_jax.model.attention import QKV
+from convattn_jax.model.dropout import pair_factors
 
 
 def composite_attention(
@@ -88,7 +89,7 @@ def prepare(
     blocks: block_table.Blocks | None = None,
     interpret: bool = False,
 ) -> tuple[Spec, Operands]:
-    """What the kernels take, of what `composite_attention` takes: slots for taps, padded segments, words for seeds."""
+    """What the kernels take, of what `composite_attention` takes: slots, padded segments, factors for seeds."""
     q, k, v = qkv if isinstance(qkv, tuple) else (qkv, None, None)
     batch, length, head_count = q.shape[:3]
     head_size = q.shape[-1]
@@ -121,7 +122,7 @@ def prepare(
         key_taps=_slots(spec.key_band, _tall(spec, dynamic_key, scale)),
         query_segments=segments[0],
         key_segments=segments[1],
-        words=inputs.row_words(batch, head_count, dropout_seed, rows, heads)
+        factors=pair_factors(dropout_seed, batch, head_count, spec.padded, rows, heads)
         if dropout_seed is not None and spec.rate
         else None,
     )
@@ -141,7 +142,7 @@ def _attention_forward(spec: Spec, operands: Operands):
 def _attention_backward(spec: Spec, residuals, d_out: Array):
     operands, saved, out = residuals
     gradients = backward_pass.backward(spec, operands, saved, out, d_out)
-    return (Operands(*gradients, query_segments=None, key_segments=None, words=None),)
+    return (Operands(*gradients, query_segments=None, key_segments=None, factors=None),)
 
 
 _attention.defvjp(_attention_forward, _attention_backward)

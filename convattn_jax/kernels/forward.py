@@ -24,7 +24,7 @@ class Operands(NamedTuple):
     key_taps: Leaf | None
     query_segments: Leaf | None  # (B, P) int32, no padding query equal to any key
     key_segments: Leaf | None
-    words: tuple[Leaf, Leaf] | None  # (B, H) uint32: the rows' mixed words of dropout
+    factors: tuple[Leaf, Leaf] | None  # (B, H, P) uint32: of queries and keys, for dropout
 
 
 class Saved(NamedTuple):
@@ -60,7 +60,6 @@ def operand_specs(spec: Spec, operands: Operands) -> Operands:
         return pl.BlockSpec((None, spec.padded, None, None, spec.width), lambda n, h, b: (b, 0, h, part, 0))
 
     segments = pl.BlockSpec((None, spec.padded), lambda n, h, b: (b, 0))
-    word = pl.BlockSpec((1, 1), lambda n, h, b: (b, h))
     beta = operands.beta
     return Operands(
         q=rows(0),
@@ -71,7 +70,7 @@ def operand_specs(spec: Spec, operands: Operands) -> Operands:
         key_taps=_taps_spec(operands.key_taps),
         query_segments=None if operands.query_segments is None else segments,
         key_segments=None if operands.key_segments is None else segments,
-        words=None if operands.words is None else (word, word),
+        factors=None if operands.factors is None else (per_token(spec), per_token(spec)),
     )
 
 
@@ -151,7 +150,6 @@ def _kernel(spec: Spec, refs: Operands, key_band_ref, out_ref, lse_ref, query_ba
     i = Side(pl.program_id(0) * size.queries, size.queries, 0)
     q = tile.load_rows(spec, refs.q, i)
     segments = refs.query_segments[pl.ds(i.start, i.size)] if refs.query_segments is not None else None
-    words = None if refs.words is None else (refs.words[0][0, 0], refs.words[1][0, 0])
     below = None
     if spec.query_band:
         bands.project_band(spec, spec.query_band, q, refs.query_taps, refs.beta, query_band_ref, i)
@@ -169,8 +167,8 @@ def _kernel(spec: Spec, refs: Operands, key_band_ref, out_ref, lse_ref, query_ba
         weights = tile.exp2(spec, scores - finite_top[:, None])
         shrink = tile.exp2(spec, top - finite_top)
         total = total * shrink + jnp.sum(weights, axis=1)
-        if words is not None:
-            weights = jnp.where(tile.kept(spec, i, j, words), weights, 0.0)
+        if refs.factors is not None:
+            weights = tile.drop(spec, i, j, refs.factors, weights)
         v = tile.load_rows(spec, refs.v, j)
         return out * shrink[:, None] + tile.dot(spec, weights.astype(v.dtype), v), new_top, total
 

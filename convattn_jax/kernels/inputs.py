@@ -1,4 +1,4 @@
-"""What every fused kernel takes, made of what attention takes: taps as slots, padded segments, words for dropout.
+"""What every fused kernel takes, made of what attention takes: taps as slots, padded segments.
 
 A row of the bias is one value far below the diagonal, 2n-1 values on the band and one far above it. Softmax ignores a
 constant added to a row, so taps that depend on the row only lose their last value to the others: 2n *slots* per token.
@@ -8,10 +8,7 @@ Taps that depend on the key keep all 2n+1. Slot s stands at distance s-n from it
 import dataclasses
 
 import jax.numpy as jnp
-import numpy as np
 from jax import Array
-
-from convattn_jax.model import dropout
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,8 +35,6 @@ def supports(length: int, keys: int, head_size: int, dtype) -> str | None:
         return f"head size {head_size} is no multiple of 8 up to 128"
     if jnp.dtype(dtype) not in (jnp.bfloat16, jnp.float32):
         return f"dtype {jnp.dtype(dtype).name} is neither bfloat16 nor float32"
-    if length >= dropout.QUERY_STRIDE:
-        return f"{length} tokens are more than {dropout.QUERY_STRIDE - 1}"
     return None
 
 
@@ -71,10 +66,3 @@ def padded_segments(query_segments: Array, key_segments: Array, padded: int) -> 
         jnp.pad(query_segments.astype(jnp.int32), more, constant_values=NO_QUERY),
         jnp.pad(hidden.astype(jnp.int32), more, constant_values=NO_KEY),
     )
-
-
-def row_words(batch: int, heads: int, seed: Array, row_numbers, head_numbers) -> tuple[Array, Array]:
-    """`dropout.row_words` of every (row, head), numbered as in `dropout.keep_pairs`."""
-    row = jnp.arange(batch, dtype=jnp.uint32) if row_numbers is None else row_numbers.astype(jnp.uint32)
-    head = jnp.arange(heads, dtype=jnp.uint32) if head_numbers is None else head_numbers.astype(jnp.uint32)
-    return dropout.row_words(seed, row[:, None] * np.uint32(dropout.ROW_STRIDE) + head)

@@ -15,7 +15,7 @@ from jax.experimental.pallas import triton as plgpu
 
 from convattn_jax.kernels import inputs
 from convattn_jax.kernels.blocks import Blocks, Tile, power_of_two
-from convattn_jax.model.dropout import QUERY_STRIDE
+from convattn_jax.model.dropout import keep_product, lowest_kept
 
 LOG2E = math.log2(math.e)
 HIDDEN = -math.inf
@@ -181,7 +181,7 @@ def fma(spec: Spec, a: Array, b: Array | float, c: Array | float) -> Array:
 def instruction(asm: str, *args: Array) -> Array:
     """An instruction of the machine on each element, $0 the float32 result; not for the interpreter."""
     result = jax.ShapeDtypeStruct(args[0].shape, jnp.float32)
-    constraints = ",".join(["=&f", *("f" for _ in args)])
+    constraints = ",".join(["=&f", *("f" if x.dtype == jnp.float32 else "r" for x in args)])
     return plgpu.elementwise_inline_asm(asm, args=args, constraints=constraints, pack=1, result_shape_dtypes=[result])[
         0
     ]
@@ -198,14 +198,21 @@ def hide(spec: Spec, scores: Array, i: Side, j: Side, query_segments: Array | No
     return scores if spec.length % j.size == 0 else jnp.where(j.grid < spec.length, scores, HIDDEN)
 
 
-def kept(spec: Spec, i: Side, j: Side, words: tuple[Array, Array]) -> Array:
-    """The mask of attention dropout, bit by bit `convattn_jax.model.dropout.keep` (whose row words come mixed)."""
-    place = i.grid.astype(jnp.uint32) * np.uint32(QUERY_STRIDE) + j.grid.astype(jnp.uint32)
-    word = place ^ words[0]
-    word = (word ^ (word >> 16)) * np.uint32(0x7FEB352D)
-    word = word ^ words[1]
-    word = (word ^ (word >> 15)) * np.uint32(0x846CA68B)
-    return (word ^ (word >> 16)) >= np.uint32(min(round(spec.rate * 2**32), 2**32 - 1))
+def drop(spec: Spec, i: Side, j: Side, factors: tuple, weights: Array) -> Array:
+    """Zeros where attention dropout strikes: bit by bit `convattn_jax.model.dropout.keep_pairs`."""
+    of_query, of_key = (
+        jnp.broadcast_to(side.spread(ref[pl.ds(side.start, side.size)]), weights.shape)
+        for ref, side in zip(factors, (i, j), strict=True)
+    )
+    if spec.interpret:
+        return jnp.where(keep_product(of_query, of_key, spec.rate), weights, 0.0)
+    return instruction(
+        "{ .reg .u32 draw; .reg .pred kept; mul.lo.u32 draw, $2, $3; "
+        f"setp.ge.u32 kept, draw, {lowest_kept(spec.rate)}; selp.f32 $0, $1, 0f00000000, kept; }}",
+        weights,
+        of_query,
+        of_key,
+    )  # as one block: XLA would round to bfloat16 first, and take pairs of weights apart to select
 
 
 # --- a walk over the tiles of the other side -------------------------------------------------------------------------

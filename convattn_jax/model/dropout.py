@@ -1,8 +1,14 @@
-"""Dropout whose every bit is a hash of (seed, global row, place in the row).
+"""Dropout whose every bit is a function of (seed, global row, place in the row).
 
 A counter instead of a random stream: the same bits whatever the tile, the mesh, `vmap` over seeds or the backend, and
 the fused kernels draw exactly what the plain path draws. Elementwise integer arithmetic fuses into its neighbours, so
 no mask is stored: the backward pass computes it again.
+
+Elements are hashed one by one. Attention has T x T pairs, so there each query i and each key j of a (row, head) is
+hashed to an odd factor of 32 bits, and a pair draws w_ij = a_i b_j mod 2^32: one multiplication. If the factors are
+independent and uniform over the odd numbers, so is every w_ij, and so are any pairs without a cycle (i,j), (i',j),
+(i',j'), ... among them. Around a cycle one word follows from the others, as w_ij w_i'j' = w_ij' w_i'j, but not its
+leading bits, which alone decide, from theirs.
 """
 
 import functools
@@ -16,7 +22,6 @@ from jaxtyping import Float, Integer, UInt32
 Seed = UInt32[Array, "2"]
 
 ROW_STRIDE = 1 << 12  # attention: row * ROW_STRIDE + head numbers the (row, head) pairs
-QUERY_STRIDE = 1 << 16  # attention: query * QUERY_STRIDE + key numbers the pairs of positions
 
 
 def seed_from_key(key: Array) -> Seed:
@@ -40,7 +45,12 @@ def keep_at(words: tuple[Array, Array], place: Array, rate: float) -> Array:
     word = (word ^ (word >> 16)) * np.uint32(0x7FEB352D)
     word = word ^ words[1]  # a second word of the row: blocks that collide in the first differ here
     word = (word ^ (word >> 15)) * np.uint32(0x846CA68B)
-    return (word ^ (word >> 16)) >= np.uint32(min(round(rate * 2**32), 2**32 - 1))
+    return (word ^ (word >> 16)) >= lowest_kept(rate)
+
+
+def lowest_kept(rate: float) -> np.uint32:
+    """Words from here on stay."""
+    return np.uint32(min(round(rate * 2**32), 2**32 - 1))
 
 
 def _mix(word: Array) -> Array:
@@ -84,10 +94,25 @@ def keep_pairs(
 
     `rows` (B,) and `heads` (H,) are their numbers in the whole batch, where a device holds a part of it.
     """
-    row, head, query, key = (jax.lax.broadcasted_iota(jnp.uint32, shape, axis) for axis in range(4))
-    if rows is not None and heads is not None:
-        row, head = rows.astype(jnp.uint32)[:, None, None, None], heads.astype(jnp.uint32)[:, None, None]
-    return keep(seed, row * np.uint32(ROW_STRIDE) + head, query * np.uint32(QUERY_STRIDE) + key, rate)
+    batch, head_count, queries, keys = shape
+    of_queries, of_keys = pair_factors(seed, batch, head_count, max(queries, keys), rows, heads)
+    return keep_product(of_queries[..., :queries, None], of_keys[..., None, :keys], rate)
+
+
+def pair_factors(
+    seed: Seed, batch: int, head_count: int, length: int, rows: Array | None = None, heads: Array | None = None
+) -> tuple[UInt32[Array, "B H T"], UInt32[Array, "B H T"]]:
+    """The factors of every query and of every key, whose products `keep_product` judges."""
+    row = jnp.arange(batch, dtype=jnp.uint32) if rows is None else rows.astype(jnp.uint32)
+    head = jnp.arange(head_count, dtype=jnp.uint32) if heads is None else heads.astype(jnp.uint32)
+    words = row_words(seed, row[:, None] * np.uint32(ROW_STRIDE) + head)
+    of_queries, of_keys = (_mix(jnp.arange(length, dtype=jnp.uint32) ^ word[..., None]) | 1 for word in words)
+    return of_queries, of_keys
+
+
+def keep_product(of_query: Array, of_key: Array, rate: float) -> Array:
+    """`keep_pairs`, of the factors; elementwise, so that kernels call it on their tiles."""
+    return of_query * of_key >= lowest_kept(rate)
 
 
 def _forward(x: Array, seed: Array, rows: Array | None, rate: float) -> tuple[Array, tuple[Array, Array | None]]:

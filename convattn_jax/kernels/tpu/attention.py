@@ -18,6 +18,7 @@ from convattn_jax.kernels.tpu import backward as backward_pass
 from convattn_jax.kernels.tpu import forward as forward_pass
 from convattn_jax.kernels.tpu.operands import LANES, Operands, Spec
 from convattn_jax.model.attention import QKV, separate
+from convattn_jax.model.dropout import pair_factors
 
 EDGES = (512, 384, 256)  # of a tile, the largest that divides the padded length, else LANES; never timed
 
@@ -81,7 +82,7 @@ def prepare(
     edge: int | None = None,
     interpret: bool = False,
 ) -> tuple[Spec, Operands]:
-    """What the kernels take, of what `composite_attention` takes: slots per token, whole tiles, words for seeds."""
+    """What the kernels take, of what `composite_attention` takes: slots per token, whole tiles, factors for seeds."""
     q, k, v = separate(qkv)
     batch, length, head_count, head_size = q.shape
     reason = inputs.supports(length, k.shape[1], head_size, q.dtype)
@@ -105,11 +106,12 @@ def prepare(
     for band in (spec.query_band, spec.key_band):
         if band is not None and 2 * band.radius > spec.lanes:
             raise ValueError(f"composite_attention: taps reach {band.radius} positions, more than {spec.lanes // 2}")
-    segments, words = (None, None), None
+    segments = factors = None, None
     if query_segments is not None and key_segments is not None:
         segments = tuple(x[:, None] for x in inputs.padded_segments(query_segments, key_segments, padded))
     if dropout_seed is not None and spec.rate:
-        words = jnp.stack(inputs.row_words(batch, head_count, dropout_seed, rows, heads), axis=-1)[:, :, None]
+        pairs = pair_factors(dropout_seed, batch, head_count, padded, rows, heads)
+        factors = tuple(lax.bitcast_convert_type(x, jnp.int32)[:, :, None] for x in pairs)
     operands = Operands(
         _by_head(q, padded),
         _by_head(k, padded),
@@ -118,7 +120,8 @@ def prepare(
         key_slots=_slots(spec.key_band, k, None, dynamic_key, scale, padded),
         query_segments=segments[0],
         key_segments=segments[1],
-        words=words,
+        query_factors=factors[0],
+        key_factors=factors[1],
     )
     return spec, operands
 

@@ -29,7 +29,7 @@ class Inputs(NamedTuple):
 
 def backward(spec: Spec, inputs: Inputs) -> Operands:
     """Gradients of everything differentiable, None for the rest."""
-    of = inputs.operands._replace(query_segments=None, key_segments=None, words=None)
+    of = inputs.operands._replace(query_segments=None, key_segments=None, query_factors=None, key_factors=None)
     if spec.tiles == 1:
         return _call(spec, _whole_kernel, "composite_attention_backward", 0, inputs, of)
     of_queries = of._replace(k=None, v=None, key_slots=None)
@@ -46,7 +46,7 @@ def _call(spec: Spec, kernel, name: str, query_axis: int, inputs: Inputs, of: Op
     per_query = by_tokens(spec.edge, 1, query_axis)
     rows = pltpu.VMEM((spec.edge, head_size), jnp.float32) if spec.tiles > 1 else None
     query_slots, key_slots = (bands.sums(spec, band) for band in (spec.query_band, spec.key_band))
-    memory = Operands(rows, rows, rows, query_slots, key_slots, None, None, None)
+    memory = Operands(rows, rows, rows, query_slots, key_slots, None, None, None, None)
     return pl.pallas_call(
         lambda refs, *more: kernel(spec, refs, Operands(*more[: len(of)]), Operands(*more[len(of) :])),
         name=name,
@@ -82,7 +82,7 @@ def _gradient(spec: Spec, refs: Inputs, queries: Array, keys: Array, queries_dow
     weights = kept_weights = jnp.exp2(tile.scores(spec, refs.operands, queries, keys, queries_down, near) - lse)
     d_out, v = refs.d_out[...], refs.operands.v[...]
     d_weights = tile.dot(spec, *((d_out, v) if queries_down else (v, d_out)), (1, 1))
-    kept = tile.kept(spec, refs.operands, queries, keys, queries_down)
+    kept = tile.kept(spec, refs.operands, queries_down)
     if kept is not None:
         d_weights = jnp.where(kept, d_weights * (1 / (1 - spec.rate)), 0.0)
         kept_weights = jnp.where(kept, weights, 0.0)

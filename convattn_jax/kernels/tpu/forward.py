@@ -52,7 +52,7 @@ def _kernel(spec: Spec, refs: Operands, out_ref, lse_ref, sum_ref, top_ref, tota
         shrink = jnp.exp2(top_ref[...] - top)
         top_ref[...] = top
         total_ref[...] = total_ref[...] * shrink + jnp.sum(weights, axis=1, keepdims=True)
-        kept = tile.kept(spec, refs, queries, keys, True)
+        kept = tile.kept(spec, refs, True)
         if kept is not None:
             weights = jnp.where(kept, weights, 0.0)
         v = refs.v[...]

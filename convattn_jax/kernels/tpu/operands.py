@@ -44,7 +44,8 @@ class Operands(NamedTuple):
     key_slots: Leaf | None
     query_segments: Leaf | None  # (B, 1, P) int32, no padding query equal to any key
     key_segments: Leaf | None
-    words: Leaf | None  # (B, H, 1, 2) uint32: the rows' words of dropout
+    query_factors: Leaf | None  # (B, H, 1, P) int32, for dropout
+    key_factors: Leaf | None
 
 
 def by_tokens(edge: int, rows: int, axis: int) -> pl.BlockSpec:
@@ -66,7 +67,6 @@ def blocks(spec: Spec, operands: Operands, query_axis: int) -> Operands:
     def segments(axis: int) -> pl.BlockSpec:
         return pl.BlockSpec((None, 1, edge), lambda b, h, *tile: (b, 0, tile[axis]))
 
-    words = pl.BlockSpec((None, None, 1, 2), lambda b, h, *tile: (b, h, 0, 0), memory_space=pltpu.SMEM)
     rows = [rows_of(edge, head_size, axis) for axis in (query_axis, key_axis)]
     return Operands(
         q=rows[0],
@@ -76,7 +76,8 @@ def blocks(spec: Spec, operands: Operands, query_axis: int) -> Operands:
         key_slots=spec.key_band and by_tokens(edge, spec.key_band.slots, key_axis),
         query_segments=None if operands.query_segments is None else segments(query_axis),
         key_segments=None if operands.key_segments is None else segments(key_axis),
-        words=None if operands.words is None else words,
+        query_factors=None if operands.query_factors is None else by_tokens(edge, 1, query_axis),
+        key_factors=None if operands.key_factors is None else by_tokens(edge, 1, key_axis),
     )
 
 

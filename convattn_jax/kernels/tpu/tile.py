@@ -7,14 +7,13 @@ import math
 from collections.abc import Callable
 
 import jax.numpy as jnp
-import numpy as np
 from jax import Array, lax
 from jax.experimental import pallas as pl
 
 from convattn_jax.kernels.tpu import bands
 from convattn_jax.kernels.tpu.bands import column
 from convattn_jax.kernels.tpu.operands import Operands, Spec
-from convattn_jax.model.dropout import QUERY_STRIDE, keep_at
+from convattn_jax.model.dropout import keep_product
 
 LOG2E = math.log2(math.e)
 HIDDEN, LOWEST = -3e30, -1e30  # of a score that is masked; of a row's maximum, so that 2**(HIDDEN - maximum) is 0
@@ -65,12 +64,12 @@ def scores(spec: Spec, refs: Operands, queries: Array, keys: Array, queries_down
     return total
 
 
-def kept(spec: Spec, refs: Operands, queries: Array, keys: Array, queries_down: bool) -> Array | None:
+def kept(spec: Spec, refs: Operands, queries_down: bool) -> Array | None:
     """The mask of attention dropout, bit by bit that of `convattn_jax.model.dropout.keep_pairs`; None: all is kept."""
-    if refs.words is None:
+    if refs.query_factors is None or refs.key_factors is None:
         return None
-    shape = (spec.edge, spec.edge)
-    i = lax.broadcasted_iota(jnp.int32, shape, 0 if queries_down else 1) + queries * spec.edge
-    j = lax.broadcasted_iota(jnp.int32, shape, 1 if queries_down else 0) + keys * spec.edge
-    place = i.astype(jnp.uint32) * np.uint32(QUERY_STRIDE) + j.astype(jnp.uint32)
-    return keep_at((refs.words[0, 0], refs.words[0, 1]), place, spec.rate)
+    of_queries, of_keys = (
+        spread(spec, ref[...], down).astype(jnp.uint32)
+        for ref, down in ((refs.query_factors, queries_down), (refs.key_factors, not queries_down))
+    )
+    return keep_product(of_queries, of_keys, spec.rate)
