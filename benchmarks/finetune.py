@@ -21,12 +21,13 @@ from benchmarks.settings import configured
 from convattn_jax.config import from_config
 from convattn_jax.data import tokenizer as tokenizers
 from convattn_jax.glue import examples
+from convattn_jax.glue.batches import join, stack
 from convattn_jax.glue.config import SEEDS
 from convattn_jax.glue.data import Texts
 from convattn_jax.glue.sources import SOURCES
 from convattn_jax.glue.task_run import classifier_of, edges_to, lengths_of
-from convattn_jax.glue.tasks import Recipe, recipe, select
-from convattn_jax.glue.training import Schedule, Trainer, stack
+from convattn_jax.glue.tasks import OUTPUTS, Recipe, Task, recipe, select
+from convattn_jax.glue.training import Schedule, Trainer
 from convattn_jax.model.config import ModelConfig
 
 
@@ -35,7 +36,7 @@ class Bench(NamedTuple):
 
     trainer: Trainer
     encoder: Any
-    task: str
+    task: Task
     texts: Texts
     recipe: Recipe
     pad: int
@@ -43,12 +44,13 @@ class Bench(NamedTuple):
     def train(self, seeds: Sequence[int], edges: Sequence[int], steps: int) -> None:
         """The first steps of the first epoch, batches included, as `TaskRun` makes them."""
         size = self.recipe.batch_size
-        plans = [examples.epoch_batches(lengths_of(self.texts), size, edges, self.task, 0, seed) for seed in seeds]
+        plans = [examples.epoch_batches(lengths_of(self.texts), size, edges, self.task.name, 0, seed) for seed in seeds]
         parts = list(zip(*plans, strict=True))[:steps]
-        made = (stack(self.texts.rows, self.texts.labels, part, size, self.pad) for part in parts)
-        state, keys = self.trainer.start(seeds, [self.encoder])
+        rows = join(self.texts.rows)
+        made = (stack(rows, self.texts.labels, part, size, self.pad) for part in parts)
+        state, keys = self.trainer.start(seeds, [self.encoder], self.task.outputs)
         schedule = Schedule(len(parts), self.recipe.learning_rate, 1)
-        jax.block_until_ready(self.trainer.train(state, keys, schedule, made, lambda *row: None))
+        jax.block_until_ready(self.trainer.train(state, keys, self.task.outputs, schedule, made, lambda *row: None))
 
 
 def measure(bench: Bench, seeds: Sequence[int], steps: int, turns: int) -> tuple[float, dict[str, list[float]]]:
@@ -81,7 +83,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data_dir", required=True, help="the folder of GLUE's TSV files")
     parser.add_argument("--config", default="configs/composite.py:small")
-    parser.add_argument("--tasks", default="rte,mrpc,cola", help="classifications with as many classes")
+    parser.add_argument("--tasks", default="rte,mrpc,cola", help="tasks of GLUE")
     parser.add_argument("--seeds", type=int, default=10)
     parser.add_argument("--steps", type=int, default=40, help="steps of each way and turn")
     parser.add_argument("--turns", type=int, default=3)
@@ -95,7 +97,7 @@ def main() -> None:
     splits = {task.name: SOURCES["tsv"](args.data_dir, task)["train"] for task in tasks}
     lines = [text for split in splits.values() for row in split.texts for text in row]
     tokenizer = tokenizers.train(lines, 4000, "reference")
-    trainer = Trainer(classifier_of(config, args.vocabulary, tasks[0].outputs))
+    trainer = Trainer(classifier_of(config, args.vocabulary, OUTPUTS))
     encoder = jax.jit(trainer.model.initial_params)(jax.random.key(0))["encoder"]
     device = jax.devices()[0].device_kind
     print(f"{device}, JAX {jax.__version__}, {args.config}, {args.seeds} seeds, {args.steps} steps, {args.turns} turns")
@@ -103,7 +105,7 @@ def main() -> None:
     for task in tasks:
         split, chosen = splits[task.name], recipe("electra", task)
         texts = Texts(examples.encode(tokenizer, split.texts, chosen.length), split.labels, split.idx)
-        bench = Bench(trainer, encoder, task.name, texts, chosen, tokenizer.pad)
+        bench = Bench(trainer, encoder, task, texts, chosen, tokenizer.pad)
         compiling, seconds = measure(bench, SEEDS[: args.seeds], args.steps, args.turns)
         medians = {name: statistics.median(times) for name, times in seconds.items()}
         print(f"{task.name}: compiled in {compiling:.0f} s, {lengths_of(texts).mean():.0f} tokens a row")

@@ -45,7 +45,7 @@ def where(objective: MaskedLanguageModelling, state: TrainState, rows: Array, se
                 flags.append(jnp.stack([(jnp.isnan(leaf) | jnp.isposinf(leaf)).any() for leaf in leaves]).any())
             return out
 
-        with nn.intercept_methods(note):
+        with nn.intercept_methods(note), jax.disable_jit():  # flags of a layer can't leave a jit of its own
             sums = objective.sums(params, part, key)
         return sums["loss"] / jnp.maximum(weight, 1), (flags, sums["loss"])
 

@@ -25,8 +25,8 @@ from convattn_jax.data.tokenizer import Tokenizer
 from convattn_jax.glue import examples, finished, results, submission
 from convattn_jax.glue.config import GlueConfig
 from convattn_jax.glue.data import load_data
-from convattn_jax.glue.task_run import EVALUATION_BATCH, TaskRun, classifier, classifier_of, edges_to
-from convattn_jax.glue.tasks import TASKS, Task, recipe, select
+from convattn_jax.glue.task_run import EVALUATION_BATCH, TaskRun, classifier_of, edges_to
+from convattn_jax.glue.tasks import OUTPUTS, TASKS, Task, recipe, select
 from convattn_jax.glue.training import Trainer, make_compilers
 from convattn_jax.inference import Pretrained, load_run
 from convattn_jax.model.config import ModelConfig
@@ -81,11 +81,9 @@ def run(config: ml_collections.ConfigDict, workdir: str, console: Console | None
         folder.write("config", settings)
         compilers = make_compilers()
         closing.callback(compilers.shutdown, cancel_futures=True)
-        outputs = sorted({task.outputs for task in tasks})
-        trainers = {count: Trainer(classifier(pretrained, count), compilers) for count in outputs}
+        trainer = Trainer(classifier_of(pretrained.model.config, pretrained.tokenizer.size, OUTPUTS), compilers)
         finetunings = [
-            TaskRun(c.glue, task, data[task.name], pretrained, trainers[task.outputs], folder, console, account)
-            for task in tasks
+            TaskRun(c.glue, task, data[task.name], pretrained, trainer, folder, console, account) for task in tasks
         ]
         for finetuning in finetunings:  # the compiler is at work on later tasks while the first ones train
             finetuning.compile_ahead()
@@ -174,11 +172,11 @@ def load_classifier(path: epath.PathLike, task: str) -> Callable[[Sequence[Any]]
     check(
         tokenizer.digest == config["tokenizer"], f"{path}/tokenizer.model is not the tokenizer of this run: restore it"
     )
-    model = classifier_of(from_config(ModelConfig, config["model"], "model."), tokenizer.size, row.outputs)
-    stacked = jax.tree.map(lambda leaf: leaf[None], finished.params(folder, row, model, finished.best(folder, row)))
+    trainer = Trainer(classifier_of(from_config(ModelConfig, config["model"], "model."), tokenizer.size, row.outputs))
+    best = finished.params(folder, row, trainer.shapes(row.outputs), finished.best(folder, row))
+    params = trainer.copies(best, 1)
     length = min(config["glue"]["length"], recipe(config["glue"]["preset"], row).length)
     edges = edges_to(length)
-    trainer = Trainer(model)
 
     def classify(texts: Sequence[Any]) -> list[Label]:
         check(not isinstance(texts, str), f"{task} wants a list of texts, not the one string {texts!r}: put it in [ ]")
@@ -187,7 +185,7 @@ def load_classifier(path: epath.PathLike, task: str) -> Callable[[Sequence[Any]]
         check(wrong is None, f"{task} wants {len(row.texts)} text(s) an example ({', '.join(row.texts)}), not {wrong}")
         rows = examples.encode(tokenizer, pairs, length)
         batch = min(EVALUATION_BATCH, 1 << max(0, len(rows) - 1).bit_length())  # few shapes are ever compiled
-        logits = trainer.predict(stacked, rows, edges, batch, tokenizer.pad)[0]
+        logits = trainer.predict_alone(params, rows, edges, batch, tokenizer.pad)
         if row.is_regression:
             return [Label(None, {}, float(score)) for score in logits[:, 0]]
         exp = np.exp(logits - logits.max(1, keepdims=True))

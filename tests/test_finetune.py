@@ -22,6 +22,7 @@ from convattn_jax import checkpoint, finetune, inference, main, pretrain
 from convattn_jax.config import UserError
 from convattn_jax.glue import finished, training, unfinished
 from convattn_jax.glue.config import SEEDS
+from convattn_jax.glue.task_run import classifier_of
 from convattn_jax.glue.tasks import TASKS
 
 ROOT = pathlib.Path(main.__file__).parent.parent
@@ -116,7 +117,8 @@ def results_of(folder):
 
 
 def params_of(home, folder, task, seed):
-    model = finetune.classifier(inference.load_run(home / "run"), TASKS[task].outputs)
+    run = inference.load_run(home / "run")
+    model = classifier_of(run.model.config, run.tokenizer.size, TASKS[task].outputs)
     return checkpoint.load_params(
         folder / "checkpoints" / task, jax.eval_shape(model.initial_params, jax.random.key(0)), seed
     )
@@ -167,7 +169,7 @@ def test_seeds_that_are_stopped_or_killed_within_a_task_end_as_if_they_had_not_b
     folder, train = tmp_path / "stopped", training.Trainer.train
     begun = []
 
-    def interrupted(self, state, keys, schedule, batches, report, ends):
+    def interrupted(self, state, keys, outputs, schedule, batches, report, ends):
         begun.append((int(state.step[0]), len(keys)))
 
         def report_and_strike(step, losses, tokens):
@@ -175,7 +177,7 @@ def test_seeds_that_are_stopped_or_killed_within_a_task_end_as_if_they_had_not_b
                 os.kill(os.getpid(), signal.SIGTERM) if len(begun) == 1 else die()
             report(step, losses, tokens)
 
-        return train(self, state, keys, schedule, batches, report_and_strike, ends)
+        return train(self, state, keys, outputs, schedule, batches, report_and_strike, ends)
 
     def die():
         raise RuntimeError("killed")
@@ -217,8 +219,8 @@ def test_seeds_that_are_stopped_or_killed_within_a_task_end_as_if_they_had_not_b
 def test_a_loss_that_is_not_finite_stops_the_task_before_it_is_saved(home, tmp_path, monkeypatch, capsys):
     step = training.Trainer._step_one
 
-    def broken(self, state, batch, key, rate):
-        state, value = step(self, state, batch, key, rate)
+    def broken(self, state, *rest):
+        state, value = step(self, state, *rest)
         return state, jnp.where(state.step == 2, jnp.nan, value)
 
     monkeypatch.setattr(training.Trainer, "_step_one", broken)
@@ -284,7 +286,7 @@ def test_mnli_is_evaluated_on_both_sets_and_stsb_is_a_regression(chained):
 def test_rte_starts_from_the_mnli_encoder_of_the_same_seed(home, chained, monkeypatch):
     started = {}
 
-    def kept(self, seeds, encoders):
+    def kept(self, seeds, encoders, outputs):
         started.update(zip(seeds, encoders, strict=True))
         raise KeyboardInterrupt
 

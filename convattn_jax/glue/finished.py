@@ -6,7 +6,6 @@ import zipfile
 from collections.abc import Mapping
 from typing import Any
 
-import jax
 import numpy as np
 from etils import epath
 
@@ -15,7 +14,6 @@ from convattn_jax.config import check
 from convattn_jax.data import corpus
 from convattn_jax.glue.config import SEEDS
 from convattn_jax.glue.tasks import TASKS, Task
-from convattn_jax.model.classifier import SequenceClassifier
 from convattn_jax.run import RunFolder
 
 Params = Any
@@ -52,9 +50,8 @@ def read(folder: RunFolder, task: Task, seed: int) -> dict[str, Any]:
     return folder.read(f"tasks/{task.name}/{seed}") or {}
 
 
-def params(folder: RunFolder, task: Task, model: SequenceClassifier, seed: int) -> Params:
+def params(folder: RunFolder, task: Task, shapes: Any, seed: int) -> Params:
     """The parameters of a finished seed."""
-    shapes = jax.eval_shape(model.initial_params, jax.random.key(0))
     return checkpoint.load_params(folder.checkpoints / task.name, shapes, seed)
 
 

@@ -15,13 +15,14 @@ from convattn_jax.account import Account
 from convattn_jax.config import Interrupted, check
 from convattn_jax.console import Console
 from convattn_jax.glue import examples, finished, metrics, unfinished
+from convattn_jax.glue.batches import Batch, join, stack
 from convattn_jax.glue.config import GlueConfig
 from convattn_jax.glue.data import TaskData, Texts
 from convattn_jax.glue.tasks import TASKS, Task, recipe, steps_for
-from convattn_jax.glue.training import Batch, Schedule, Trainer, bytes_per_seed, seeds_that_fit, stack
+from convattn_jax.glue.training import Schedule, Trainer, bytes_per_seed, seeds_that_fit
 from convattn_jax.inference import Pretrained
 from convattn_jax.kernels.operations import operations_by
-from convattn_jax.model.classifier import SequenceClassifier
+from convattn_jax.model.classifier import SequenceClassifier, narrow
 from convattn_jax.model.config import ModelConfig
 from convattn_jax.model.operations import PLAIN
 from convattn_jax.run import RunFolder
@@ -50,6 +51,7 @@ class TaskRun:
         steps = steps_for(task, c.preset, len(data.train(0).rows))
         self.schedule = Schedule(steps, self.recipe.learning_rate, round(self.recipe.warmup * steps))
         self.edges = edges_to(c.length_of(task))
+        self._copies = 1  # of the best seed while it predicts: as many as have trained together, in whose program
 
     def complete(self) -> None:
         """Trains the seeds that are not finished, as many together as fit, and predicts the test rows."""
@@ -74,17 +76,21 @@ class TaskRun:
 
     def _group(self, seeds: Sequence[int]) -> dict[str, Any]:
         """What decides about the numbers that seeds end with, when they train together."""
-        return {"seeds": list(seeds), "steps": self.schedule.steps, "starts_from": [self._start_of(s) for s in seeds]}
+        starts = [self._start_of(seed) for seed in seeds]
+        head = self.trainer.model.classes  # in the states that are saved
+        return {"seeds": list(seeds), "steps": self.schedule.steps, "starts_from": starts, "head": head}
 
     def compile_ahead(self) -> None:
         """Has the compiler begin with the programs that `complete` will want, in that order."""
         groups = self._groups()
-        for seeds in dict.fromkeys(len(group) for group in groups):
+        counts = list(dict.fromkeys(len(group) for group in groups))
+        for seeds in counts:
+            self.trainer.prepare_start(seeds, self.task.outputs)
             for length in examples.lengths_met(self._train_lengths(0), self.recipe.batch_size, self.edges):
                 self.trainer.prepare_step(seeds, self.recipe.batch_size, length)
             self._prepare_predict(seeds, self.data.evaluated.values())
         unpredicted = self.data.tests if groups else self._unpredicted()
-        self._prepare_predict(1, [self.data.tests[key] for key in unpredicted])
+        self._prepare_predict(counts[-1] if counts else 1, [self.data.tests[key] for key in unpredicted])
 
     def _prepare_predict(self, seeds: int, splits: Iterable[Texts]) -> None:
         for texts in splits:
@@ -100,7 +106,7 @@ class TaskRun:
         unfinished.begin(self.folder, self.task, self._group(seeds))
         where = unfinished.checkpoints(self.folder, self.task)
         with interrupt.deferred() as stop, contextlib.closing(checkpoint.Checkpoints(where, keep=1)) as checkpoints:
-            state, keys = self.trainer.start(seeds, self._encoders(seeds))
+            state, keys = self.trainer.start(seeds, self._encoders(seeds), self.task.outputs)
             like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
             saved = checkpoints.restore(like, self.console.message)
             state = state if saved is None else saved.state
@@ -112,23 +118,26 @@ class TaskRun:
                 self.task.name, seeds, steps, self.c.save_seconds, self.console, self.account, checkpoints, stop
             )
             batches = itertools.islice(self._batches(seeds, first), steps - first)
-            state = self.trainer.train(state, keys, self.schedule, batches, progress.report, progress.ends)
+            state = self.trainer.train(
+                state, keys, self.task.outputs, self.schedule, batches, progress.report, progress.ends
+            )
             self.account.charge("training")
         if int(state.step[0]) < steps:
             step = int(state.step[0])
             raise Interrupted(f"{name} seeds stopped at step {step}: the same command resumes from there")
-        logits = {split: self._logits(state.params, texts) for split, texts in self.data.evaluated.items()}
+        outputs, pad = self.task.outputs, self.pretrained.tokenizer.pad
+        logits = {
+            split: self.trainer.predict(state.params, texts.rows, self.edges, EVALUATION_BATCH, pad)[..., :outputs]
+            for split, texts in self.data.evaluated.items()
+        }
         self.account.charge("evaluating")
-        seconds = time.perf_counter() - began
+        seconds, params = time.perf_counter() - began, narrow(jax.device_get(state.params), outputs)
         for i, seed in enumerate(seeds):
-            params = jax.tree.map(lambda leaf, i=i: leaf[i], state.params)
-            self._leave(seed, params, {split: values[i] for split, values in logits.items()}, seconds)
+            of_seed = jax.tree.map(lambda leaf, i=i: leaf[i], params)
+            self._leave(seed, of_seed, {split: values[i] for split, values in logits.items()}, seconds)
+        self._copies = len(seeds)
         unfinished.end(self.folder, self.task)
         self.account.charge("saving")
-
-    def _logits(self, params: Params, texts: Texts) -> np.ndarray:
-        """(S, N, C)"""
-        return self.trainer.predict(params, texts.rows, self.edges, EVALUATION_BATCH, self.pretrained.tokenizer.pad)
 
     def _start_of(self, seed: int) -> str:
         """The task whose encoder a seed starts from, '' for pre-training."""
@@ -158,20 +167,20 @@ class TaskRun:
         source = self._start_of(seed)
         if not source:
             return self.pretrained.params["encoder"]
-        model = classifier(self.pretrained, TASKS[source].outputs)
-        return finished.params(self.folder, TASKS[source], model, seed)["encoder"]
+        shapes = self.trainer.shapes(TASKS[source].outputs)
+        return finished.params(self.folder, TASKS[source], shapes, seed)["encoder"]
 
     def _batches(self, seeds: Sequence[int], first: int) -> Iterator[Batch]:
         """A batch for each step after `first` others, (S, B, T): one bucket for all seeds, the rows each seed's own."""
         size, pad = self.recipe.batch_size, self.pretrained.tokenizer.pad
         for epoch in itertools.count():
             texts = self.data.train(epoch)
-            lengths = self._train_lengths(epoch)
+            lengths, rows = self._train_lengths(epoch), join(texts.rows)
             plans = [examples.epoch_batches(lengths, size, self.edges, self.task.name, epoch, seed) for seed in seeds]
             skipped = min(first, len(plans[0]))
             first -= skipped
             for parts in itertools.islice(zip(*plans, strict=True), skipped, None):
-                yield stack(texts.rows, texts.labels, parts, size, pad)
+                yield stack(rows, texts.labels, parts, size, pad)
 
     def _leave(self, seed: int, params: Params, logits: dict[str, np.ndarray], seconds: float) -> None:
         figures = {
@@ -191,11 +200,12 @@ class TaskRun:
         best, todo = finished.best(self.folder, self.task), self._unpredicted()
         if not todo:
             return
-        params = finished.params(self.folder, self.task, self.trainer.model, best)
-        stacked = jax.tree.map(lambda leaf: leaf[None], params)
+        outputs, pad = self.task.outputs, self.pretrained.tokenizer.pad
+        params = finished.params(self.folder, self.task, self.trainer.shapes(outputs), best)
+        copies = self.trainer.copies(params, self._copies)
         for (task, split), digest in todo.items():
             texts = self.data.tests[task, split]
-            logits = self._logits(stacked, texts)[0]
+            logits = self.trainer.predict_alone(copies, texts.rows, self.edges, EVALUATION_BATCH, pad)[:, :outputs]
             finished.save_prediction(self.folder, task, split, best, digest, texts.idx, logits)
 
     def _unpredicted(self) -> dict[tuple[str, str], str]:
@@ -216,11 +226,6 @@ def lengths_of(texts: Texts) -> np.ndarray:
 def edges_to(length: int) -> list[int]:
     """The lengths that rows of at most `length` tokens are padded to."""
     return [*(edge for edge in examples.BUCKETS if edge < length), length]
-
-
-def classifier(pretrained: Pretrained, outputs: int) -> SequenceClassifier:
-    """The model of all tasks with so many outputs, on the shape of a pre-trained run."""
-    return classifier_of(pretrained.model.config, pretrained.tokenizer.size, outputs)
 
 
 def classifier_of(config: ModelConfig, vocabulary: int, outputs: int) -> SequenceClassifier:

@@ -110,6 +110,7 @@ TASKS: dict[str, Task] = {
         Task("distance", ("sentence",), (), ("pearson", "spearman"), "spearman"),
     )
 }  # fmt: skip
+OUTPUTS = max(task.outputs for task in TASKS.values())  # of a head that serves every task
 GLUE: tuple[str, ...] = tuple(name for name, task in TASKS.items() if not task.is_probe)
 PROBES: tuple[str, ...] = tuple(name for name, task in TASKS.items() if task.is_probe)
 

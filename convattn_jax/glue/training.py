@@ -2,15 +2,15 @@
 
 All devices of the host share the work: each trains its share of the seeds if their number divides, else of the rows.
 
-S seeds, B rows of a batch, T tokens, C classes (1: a regression).
+S seeds, B rows of a batch, T tokens, C outputs of the head (of which a regression has 1).
 """
 
 import concurrent.futures
 import dataclasses
 import functools
 import os
-from collections.abc import Callable, Hashable, Iterable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,11 +18,11 @@ import numpy as np
 import optax
 from jax import Array
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
-from jaxtyping import Float, Int
+from jaxtyping import Float
 
-from convattn_jax.glue import examples
+from convattn_jax.glue.batches import Batch, Joined, Rows, join, pad_rows
 from convattn_jax.glue.examples import Encoded, buckets
-from convattn_jax.model.classifier import SequenceClassifier
+from convattn_jax.model.classifier import SequenceClassifier, widen
 from convattn_jax.model.heads import cross_entropy
 from convattn_jax.model.inputs import from_mask
 from convattn_jax.train import TrainState
@@ -45,48 +45,15 @@ class Schedule:
         return (self.learning_rate * np.minimum(step / warmup, np.minimum(fall, 1))).astype(np.float32)
 
 
-class Rows(NamedTuple):
-    """Texts as the encoder reads them; a row whose mask is all 0 stands for none."""
-
-    ids: Int[np.ndarray, "*S B T"] | Array
-    types: Int[np.ndarray, "*S B T"] | Array
-    mask: Int[np.ndarray, "*S B T"] | Array
-
-
-class Batch(NamedTuple):
-    """Rows with their labels."""
-
-    rows: Rows
-    labels: np.ndarray | Array
-
-
-def pad_rows(encoded: Sequence[Encoded], length: int, pad: int, count: int = 0) -> Rows:
-    """Rows of `length` tokens, followed by empty ones up to `count` rows."""
-    ids = np.full((max(count, len(encoded)), length), pad, np.int32)
-    types, mask = np.zeros_like(ids), np.zeros_like(ids)
-    for row, text in enumerate(encoded):
-        size = len(text.ids)
-        ids[row, :size], types[row, :size], mask[row, :size] = text.ids, text.types, 1
-    return Rows(ids, types, mask)
-
-
-def stack(
-    encoded: Sequence[Encoded], labels: np.ndarray, parts: Sequence[examples.Batch], count: int, pad: int
-) -> Batch:
-    """The batch of one step, (S, count, T): each seed's part of the plan, its missing rows left empty."""
-    padded = [pad_rows([encoded[i] for i in part.rows], part.length, pad, count) for part in parts]
-    stacked = np.zeros((len(parts), count), labels.dtype)
-    stacked[:, : len(parts[0].rows)] = [labels[part.rows] for part in parts]
-    return Batch(Rows(*(np.stack(leaves) for leaves in zip(*padded, strict=True))), stacked)
-
-
-def loss(model: SequenceClassifier, params: Params, batch: Batch, key: Array) -> Array:
-    """Mean cross-entropy, or squared error of a regression, over the rows that hold a text."""
-    logits = predict(model, params, batch.rows, key)
-    if model.classes == 1:
-        losses = jnp.square(logits[:, 0].astype(jnp.float32) - batch.labels)
-    else:
-        losses = cross_entropy(logits, jnp.asarray(batch.labels))
+def loss(model: SequenceClassifier, params: Params, batch: Batch, key: Array, outputs: Array | int) -> Array:
+    """Mean cross-entropy of the head's first `outputs` logits, or squared error of the only one, over the rows there
+    are. The further columns of a wide head get no gradient."""
+    logits = predict(model, params, batch.rows, key).astype(jnp.float32)
+    labels = jnp.asarray(batch.labels)
+    counted = jnp.where(jnp.arange(model.classes) < outputs, logits, jnp.finfo(logits.dtype).min)
+    losses = jnp.where(
+        outputs == 1, jnp.square(logits[:, 0] - labels), cross_entropy(counted, labels.astype(jnp.int32))
+    )
     return losses.mean(where=jnp.asarray(batch.rows.mask)[:, 0] != 0)
 
 
@@ -95,10 +62,6 @@ def predict(model: SequenceClassifier, params: Params, rows: Rows, key: Array | 
     inputs = from_mask(jnp.asarray(rows.ids), jnp.asarray(rows.mask), jnp.asarray(rows.types))
     logits: Any = model.apply({"params": params}, inputs, rngs=None if key is None else {"dropout": key})
     return logits
-
-
-def _rows_like(*shape: int) -> Rows:
-    return Rows(*(jax.ShapeDtypeStruct(shape, np.int32) for _ in Rows._fields))  # pyright: ignore[reportArgumentType]
 
 
 # Adam as the reference fine-tunes with it; the rate comes with each step, so that tasks of one shape share a program.
@@ -118,51 +81,71 @@ def _options() -> dict[str, str | bool] | None:
 class Trainer:
     """The compiled programs of a model, for S seeds at once: a start, a step and a prediction.
 
-    A program serves one shape of batch. `prepare_step` and `prepare_predict` hand to `compilers` those that will be
-    wanted, to be compiled side by side and while others train; what nobody announced is compiled when it is met, by
-    whoever meets it.
+    A program serves one shape of batch, and all tasks: the head is as wide as any task's, and how many `outputs` of it
+    a task has is an argument. `prepare_*` hands to `compilers` what will be wanted, to be compiled side by side and
+    while others train; what nobody announced is compiled when it is met, by whoever meets it.
     """
 
     def __init__(self, model: SequenceClassifier, compilers: concurrent.futures.Executor | None = None):
         self.model, self._compilers = model, compilers or make_compilers()
         devices = jax.local_devices()
         self._mesh = jax.make_mesh((len(devices),), ("devices",), axis_types=(AxisType.Auto,), devices=devices)
-        self._start = jax.jit(jax.vmap(self._start_one, in_axes=(0, None)))
-        self._start_each = jax.jit(jax.vmap(self._start_one))
+        self._start = jax.jit(self._start_all, static_argnums=2, donate_argnums=0)
         self._step = jax.jit(self._step_all, donate_argnums=0)
-        self._predict = jax.jit(jax.vmap(functools.partial(predict, model), in_axes=(0, None)))
+        self._predict = jax.jit(jax.vmap(functools.partial(predict, model)))
+        self._shapes: Any = jax.eval_shape(model.initial_params, jax.random.key(0))
         self._programs: dict[Hashable, concurrent.futures.Future[Any]] = {}
 
-    def start(self, seeds: Sequence[int], encoders: Sequence[Params]) -> tuple[TrainState, Array]:
+    def shapes(self, outputs: int) -> Any:
+        """The shapes of one seed's parameters, the head cut to a task's outputs."""
+
+        def cut(leaf: Any) -> jax.ShapeDtypeStruct:
+            return jax.ShapeDtypeStruct((*leaf.shape[:-1], outputs), leaf.dtype)
+
+        return {**self._shapes, "classifier": jax.tree.map(cut, self._shapes["classifier"])}
+
+    def start(self, seeds: Sequence[int], encoders: Sequence[Params], outputs: int) -> tuple[TrainState, Array]:
         """States of all seeds, (S, ...), and their keys: heads drawn by seed, encoders given, one or one a seed."""
-        keys = jnp.stack([jax.random.key(seed) for seed in seeds])
-        if len(encoders) == 1:
-            state = self._start(keys, encoders[0])
-        else:
-            state = self._start_each(keys, jax.tree.map(lambda *leaves: jnp.stack(leaves), *encoders))
-        return self._spread(state, len(seeds)), self._spread(keys, len(seeds))
+        count = len(seeds)
+
+        def stacked(*leaves: Any) -> np.ndarray:
+            host = [np.asarray(leaf) for leaf in leaves]
+            return np.stack(host) if len(host) > 1 else np.broadcast_to(host[0], (count, *host[0].shape))
+
+        encoder = self._spread(jax.tree.map(stacked, *encoders), count)
+        state, keys = self.prepare_start(count, outputs, now=True).result()(encoder, np.asarray(seeds, np.uint32))
+        return self._spread(state, count), self._spread(keys, count)
+
+    def prepare_start(self, seeds: int, outputs: int, now: bool = False) -> concurrent.futures.Future[Any]:
+        """The program that draws heads of so many outputs and makes states."""
+
+        def compile_start():
+            encoder = self._placed(_stacked(self._shapes["encoder"], seeds), seeds)
+            return self._start.lower(encoder, jax.ShapeDtypeStruct((seeds,), np.uint32), outputs).compile(_options())
+
+        return self._program(("start", seeds, outputs), compile_start, now)
 
     def prepare_step(self, seeds: int, rows: int, length: int, now: bool = False) -> concurrent.futures.Future[Any]:
         """The program of a training step on (seeds, rows, length) tokens, as soon as it is compiled."""
 
         def compile_step():
             keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), seeds))
-            encoder = jax.eval_shape(self.model.initial_params, jax.random.key(0))["encoder"]
-            state, keys = (self._placed(tree, seeds) for tree in (jax.eval_shape(self._start, keys, encoder), keys))
-            label: Any = jax.ShapeDtypeStruct((seeds, rows), np.float32 if self.model.classes == 1 else np.int32)
+            state = jax.eval_shape(jax.vmap(_fresh), _stacked(self._shapes, seeds))
+            label: Any = jax.ShapeDtypeStruct((seeds, rows), np.float32)
             batch = self._placed(Batch(_rows_like(seeds, rows, length), label), seeds, 0, 1)
-            return self._step.lower(state, batch, keys, jax.ShapeDtypeStruct((), np.float32)).compile(_options())
+            state, keys = (self._placed(tree, seeds) for tree in (state, keys))
+            numbers = (jax.ShapeDtypeStruct((), kind) for kind in (np.float32, np.int32))
+            return self._step.lower(state, batch, keys, *numbers).compile(_options())
 
         return self._program(("step", seeds, rows, length), compile_step, now)
 
     def prepare_predict(self, seeds: int, rows: int, length: int, now: bool = False) -> concurrent.futures.Future[Any]:
-        """The program of a prediction for (rows, length) tokens, the same for all seeds."""
+        """The program of a prediction for (seeds, rows, length) tokens."""
 
         def compile_predict():
-            params = jax.eval_shape(self.model.initial_params, jax.random.key(0))
-            stacked = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((seeds, *leaf.shape), leaf.dtype), params)
-            batch = self._placed(_rows_like(rows, length), seeds, None, 0)
-            return self._predict.lower(self._placed(stacked, seeds), batch).compile(_options())
+            params = self._placed(_stacked(self._shapes, seeds), seeds)
+            batch = self._placed(_rows_like(seeds, rows, length), seeds, 0, 1)
+            return self._predict.lower(params, batch).compile(_options())
 
         return self._program(("predict", seeds, rows, length), compile_predict, now)
 
@@ -174,18 +157,18 @@ class Trainer:
             self._programs[key] = self._compilers.submit(compile_it)
         return self._programs[key]
 
-    def _sharding(self, leaf: Any, seeds: int, seed_axis: int | None, row_axis: int | None) -> NamedSharding:
+    def _sharding(self, leaf: Any, seeds: int, seed_axis: int, row_axis: int | None) -> NamedSharding:
         """Seeds spread over the devices if their number divides, else rows if theirs does, else everything on each."""
         axis = row_axis if seeds % self._mesh.size else seed_axis
         if axis is None or leaf.shape[axis] % self._mesh.size:
             return NamedSharding(self._mesh, PartitionSpec())
         return NamedSharding(self._mesh, PartitionSpec(*[None] * axis, "devices"))
 
-    def _spread(self, tree: Any, seeds: int, seed_axis: int | None = 0, row_axis: int | None = None) -> Any:
+    def _spread(self, tree: Any, seeds: int, seed_axis: int = 0, row_axis: int | None = None) -> Any:
         """A tree of arrays on all devices."""
         return jax.tree.map(lambda leaf: jax.device_put(leaf, self._sharding(leaf, seeds, seed_axis, row_axis)), tree)
 
-    def _placed(self, tree: Any, seeds: int, seed_axis: int | None = 0, row_axis: int | None = None) -> Any:
+    def _placed(self, tree: Any, seeds: int, seed_axis: int = 0, row_axis: int | None = None) -> Any:
         """The shapes of what `_spread` gives."""
 
         def of(leaf: Any) -> jax.ShapeDtypeStruct:
@@ -195,14 +178,21 @@ class Trainer:
 
         return jax.tree.map(of, tree)
 
-    def _start_one(self, key: Array, encoder: Params) -> TrainState:
-        params = {**self.model.initial_params(jax.random.fold_in(key, 0)), "encoder": encoder}
-        return TrainState(jnp.zeros((), jnp.int32), params, ADAM.init(params))
+    def _start_all(self, encoder: Params, seeds: Array, outputs: int) -> tuple[TrainState, Array]:
+        narrow = self.model.clone(classes=outputs, parent=None)
+
+        def of_seed(encoder: Params, seed: Array) -> tuple[TrainState, Array]:
+            key = jax.random.key(seed)
+            params = narrow.initial_params(jax.random.fold_in(key, 0))
+            return _fresh(widen({**params, "encoder": encoder}, self.model.classes)), key
+
+        return jax.vmap(of_seed)(encoder, seeds)
 
     def train(
         self,
         state: TrainState,
         keys: Array,
+        outputs: int,
         schedule: Schedule,
         batches: Iterable[Batch],
         report: Callable[[int, Array, int], None],
@@ -215,20 +205,25 @@ class Trainer:
         first = int(state.step[0])
         for step, (batch, rate) in enumerate(zip(batches, schedule.rates()[first:], strict=True), start=first + 1):
             program = self.prepare_step(*batch.rows.ids.shape, now=True).result()
-            state, losses = program(state, self._spread(batch, len(keys), 0, 1), keys, rate)
+            state, losses = program(state, self._spread(batch, len(keys), 0, 1), keys, rate, np.int32(outputs))
             report(step, losses, int(batch.rows.mask.sum()))
             if ends(step, state):
                 break
         return state
 
-    def _step_all(self, state: TrainState, batch: Batch, keys: Array, rate: Array) -> tuple[TrainState, Array]:
-        state, losses = jax.vmap(self._step_one, in_axes=(0, 0, 0, None))(state, batch, keys, rate)
+    def _step_all(
+        self, state: TrainState, batch: Batch, keys: Array, rate: Array, outputs: Array
+    ) -> tuple[TrainState, Array]:
+        state, losses = jax.vmap(self._step_one, in_axes=(0, 0, 0, None, None))(state, batch, keys, rate, outputs)
         placed = jax.tree.map(lambda leaf: self._sharding(leaf, len(keys), 0, None), state)
         return jax.lax.with_sharding_constraint(state, placed), losses
 
-    def _step_one(self, state: TrainState, batch: Batch, key: Array, rate: Array) -> tuple[TrainState, Array]:
+    def _step_one(
+        self, state: TrainState, batch: Batch, key: Array, rate: Array, outputs: Array
+    ) -> tuple[TrainState, Array]:
         dropout_key = jax.random.fold_in(jax.random.fold_in(key, 1), state.step)
-        value, gradient = jax.value_and_grad(functools.partial(loss, self.model))(state.params, batch, dropout_key)
+        loss_of = jax.value_and_grad(functools.partial(loss, self.model))
+        value, gradient = loss_of(state.params, batch, dropout_key, outputs)
         directions, opt_state = ADAM.update(gradient, state.opt_state)
         params = jax.tree.map(lambda param, direction: param - rate * direction, state.params, directions)
         return TrainState(state.step + 1, params, opt_state), value
@@ -236,22 +231,60 @@ class Trainer:
     def predict(
         self, params: Params, encoded: Sequence[Encoded], edges: Sequence[int], batch_size: int, pad: int
     ) -> Float[np.ndarray, "S N C"]:
-        """Logits of every row exactly once, in the rows' order; rows of like length share a batch."""
-        lengths = np.asarray([len(text.ids) for text in encoded], np.int64)
+        """Logits of every row exactly once by every seed, in the rows' order; rows of like length share a batch."""
         seeds = jax.tree.leaves(params)[0].shape[0]
-        params = self._spread(params, seeds)
         out = np.zeros((seeds, len(encoded), self.model.classes), np.float32)
-        bucket = buckets(lengths, edges)
-        for index, edge in enumerate(edges):
-            rows = np.flatnonzero(bucket == index)
-            for start in range(0, len(rows), batch_size):
-                part = rows[start : start + batch_size]
-                filled = np.resize(part, batch_size)  # one shape a bucket: the last batch repeats rows
-                padded = pad_rows([encoded[i] for i in filled.tolist()], edge, pad)
-                program = self.prepare_predict(seeds, batch_size, edge, now=True).result()
-                logits = program(params, self._spread(padded, seeds, None, 0))
-                out[:, part] = np.asarray(logits)[:, : len(part)]
+        params, texts = self._spread(params, seeds), join(encoded)
+        for edge, part, numbers in _parts(encoded, edges, batch_size):
+            everyone = np.broadcast_to(numbers, (seeds, batch_size))
+            out[:, part] = self._logits(params, texts, everyone, edge, pad)[:, : len(part)]
         return out
+
+    def copies(self, params: Params, count: int) -> Params:
+        """One seed's parameters so many times, (S, ...), for `predict_alone`."""
+        wide = widen(jax.device_get(params), self.model.classes)
+        return self._spread(jax.tree.map(lambda leaf: np.broadcast_to(leaf, (count, *leaf.shape)), wide), count)
+
+    def predict_alone(
+        self, params: Params, encoded: Sequence[Encoded], edges: Sequence[int], batch_size: int, pad: int
+    ) -> Float[np.ndarray, "N C"]:
+        """Logits of every row by one seed, of which there are copies: each takes rows of its own."""
+        copies = jax.tree.leaves(params)[0].shape[0]
+        out, texts = np.zeros((len(encoded), self.model.classes), np.float32), join(encoded)
+        for edge, part, numbers in _parts(encoded, edges, copies * batch_size):
+            logits = self._logits(params, texts, numbers.reshape(copies, batch_size), edge, pad)
+            out[part] = logits.reshape(-1, self.model.classes)[: len(part)]
+        return out
+
+    def _logits(self, params: Params, texts: Joined, numbers: np.ndarray, edge: int, pad: int) -> np.ndarray:
+        seeds, count = numbers.shape
+        program = self.prepare_predict(seeds, count, edge, now=True).result()
+        rows = self._spread(pad_rows(texts, numbers, edge, pad), seeds, 0, 1)
+        return np.asarray(program(params, rows))
+
+
+def _fresh(params: Params) -> TrainState:
+    return TrainState(jnp.zeros((), jnp.int32), params, ADAM.init(params))
+
+
+def _stacked(shapes: Any, seeds: int) -> Any:
+    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((seeds, *leaf.shape), leaf.dtype), shapes)
+
+
+def _rows_like(*shape: int) -> Rows:
+    return Rows(*(jax.ShapeDtypeStruct(shape, np.int32) for _ in Rows._fields))  # pyright: ignore[reportArgumentType]
+
+
+def _parts(
+    encoded: Sequence[Encoded], edges: Sequence[int], count: int
+) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
+    """Bucket by bucket (its edge, at most `count` row numbers, `count` of them: -1 for none)."""
+    bucket = buckets(np.asarray([len(text.ids) for text in encoded], np.int64), edges)
+    for index, edge in enumerate(edges):
+        rows = np.flatnonzero(bucket == index)
+        for start in range(0, len(rows), count):
+            part = rows[start : start + count]
+            yield edge, part, np.concatenate([part, np.full(count - len(part), -1)])
 
 
 def bytes_per_seed(model: SequenceClassifier, parameters: int, batch_size: int, length: int) -> int:

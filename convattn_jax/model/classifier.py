@@ -1,6 +1,10 @@
 """BERT for a label per text: encoder, pooler on the first token, linear head (Devlin et al. 2019, section 4.1)."""
 
+from typing import Any
+
+import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 from jaxtyping import Float
 
@@ -26,3 +30,18 @@ class SequenceClassifier(TaskModel, kw_only=True):
         seed = seed_from_key(self.make_rng("dropout")) if self.has_rng("dropout") else None
         pooled = dropout(jnp.tanh(self.pooler(hidden[:, :1])), self.config.dropout, seed)
         return self.classifier(pooled)[:, 0]
+
+
+def widen(params: dict[str, Any], outputs: int) -> dict[str, Any]:
+    """Parameters with a head of so many outputs, those beyond the head's own of zeros."""
+
+    def wide(leaf: Any) -> Any:
+        pad = jnp.pad if isinstance(leaf, Array) else np.pad
+        return pad(leaf, [(0, 0)] * (leaf.ndim - 1) + [(0, outputs - leaf.shape[-1])])
+
+    return {**params, "classifier": jax.tree.map(wide, params["classifier"])}
+
+
+def narrow(params: dict[str, Any], outputs: int) -> dict[str, Any]:
+    """Parameters with the first outputs of the head only."""
+    return {**params, "classifier": jax.tree.map(lambda leaf: leaf[..., :outputs], params["classifier"])}

@@ -116,7 +116,7 @@ class Encoder(nn.Module):
             )
             x, stacked = layers(c, self.operations, outputs, name="layers")(x, per_layer, inputs, shared)
         else:
-            asked = []
+            asked, block = [], nn.jit(block)  # traced and lowered once for all layers; the compiler sees it unrolled
             for i in range(c.layers):
                 seed = None if per_layer is None else per_layer[i]
                 x, named = block(c, self.operations, outputs, name=f"layer_{i}")(x, seed, inputs, shared)
