@@ -60,7 +60,7 @@ def _paper() -> ConfigDict:
     data.tfds_data_dir = ""  # empty: TFDS's own default
     data.layout = "pairs"  # pairs: [CLS] a [SEP] b [SEP], one document | packed: full rows, documents isolated
     data.length = 128  # tokens per row, T
-    data.cache_dir = "~/.cache/convattn_jax"  # prepared token rows, shared by all runs
+    data.cache_dir = "~/.cache/convattn_jax"  # prepared token rows, shared by all runs; may be gs://...
     data.workers = 0  # processes that tokenise; 0: one per core
 
     c.tokenizer = tokenizer = ConfigDict()

@@ -6,7 +6,6 @@ not loaded, and the step before is taken. Orbax alone would restore a flipped bi
 Older checkpoints go only once a newer one is vouched for.
 """
 
-import contextlib
 import dataclasses
 import hashlib
 import json
@@ -24,7 +23,7 @@ from etils import epath
 from convattn_jax import distributed
 from convattn_jax.config import UserError, check
 from convattn_jax.console import human
-from convattn_jax.data import corpus
+from convattn_jax.data import bucket
 from convattn_jax.train import TrainState
 
 MANIFEST = "manifest.json"
@@ -91,8 +90,7 @@ class Checkpoints:
             if distributed.first_process():
                 write_manifest(self._folder / str(step), step, loss, notes)
                 for path in surplus(self._folder, step, self._keep):
-                    with contextlib.suppress(OSError):
-                        path.rmtree()
+                    _remove(path)
         except BaseException as failure:
             self._failure = failure
 
@@ -138,13 +136,12 @@ class Checkpoints:
     def _cleared(self, report: Callable[[str], None]) -> int | None:
         """The newest whole step, once what a killed process was writing is gone: it takes the room of the next one."""
         for path in self._folder.glob(f"*{UNFINISHED}*") if self._folder.exists() else ():
-            with contextlib.suppress(OSError):  # what can't go now goes with a later one
-                path.rmtree()
+            _remove(path)
         return newest_whole(self._folder, report)
 
     def check_room(self, like: TrainState) -> None:
         """Raises a `UserError` where the disk can't hold the checkpoints that a run keeps, the best and the next."""
-        if corpus.in_a_bucket(self._folder):
+        if bucket.in_a_bucket(self._folder):
             return
         self._folder.mkdir(parents=True, exist_ok=True)
         size = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(like))
@@ -157,13 +154,14 @@ class Checkpoints:
         )
 
     def _path(self, step: int) -> epath.Path:
-        return (self._folder / str(step)).absolute()  # Orbax takes no other
+        return bucket.absolute(self._folder / str(step))  # Orbax takes no other
 
 
 def unwritten(folder: epath.Path, failure: BaseException) -> UserError:
     """What to tell of a save that failed."""
     text = (" ".join(str(failure).split()) or type(failure).__name__)[:300]  # TensorStore says it at great length
-    return UserError(f"--workdir: no checkpoint could be written to {folder} ({text}): make room there")
+    remedy = bucket.LOGIN if bucket.in_a_bucket(folder) else "make room there"
+    return UserError(f"--workdir: no checkpoint could be written to {folder} ({text}): {remedy}")
 
 
 def save_params(folder: epath.PathLike, step: int, params: Any) -> None:
@@ -177,7 +175,7 @@ def save_params(folder: epath.PathLike, step: int, params: Any) -> None:
         path.rmtree()
     try:
         with ocp.StandardCheckpointer() as orbax:
-            orbax.save((path / "params").absolute(), params)
+            orbax.save(bucket.absolute(path / "params"), params)
         write_manifest(path, step)
     except (OSError, ValueError) as error:  # the second is TensorStore's
         raise unwritten(path, error) from error
@@ -194,7 +192,7 @@ def load_params(folder: epath.PathLike, like: Any, step: int | None = None) -> A
     if step is None or damage(folder / str(step)):
         raise UserError(f"{folder} holds no whole checkpoint: has the run saved one yet?")
     with ocp.StandardCheckpointer() as orbax:
-        return orbax.restore((folder / str(step) / "params").absolute(), like)
+        return orbax.restore(bucket.absolute(folder / str(step) / "params"), like)
 
 
 def steps_of(folder: epath.Path) -> list[int]:
@@ -236,8 +234,12 @@ def write_manifest(
     """Vouches for every file of a finished checkpoint, and notes its held-out loss if that was measured."""
     files = {name: {"size": size, "digest": digest} for name, size, digest in _files(folder, _sha256, durable=True)}
     manifest = {"version": VERSION, "step": step, BEST: loss, "notes": dict(notes or {}), "files": files}
+    content = json.dumps({**manifest, "digest": _digest(manifest)}, indent=1)
+    if bucket.in_a_bucket(folder):  # where a file appears whole, and a rename need not
+        (folder / MANIFEST).write_text(content)
+        return
     temporary = folder / f"{MANIFEST}.tmp"
-    temporary.write_text(json.dumps({**manifest, "digest": _digest(manifest)}, indent=1))
+    temporary.write_text(content)
     _to_disk(temporary)
     temporary.rename(folder / MANIFEST)
 
@@ -256,10 +258,11 @@ def damage(folder: epath.Path) -> str | None:
     if str(step) != folder.name:
         return f"it is of step {step}"
     try:
-        found = {
-            name: {"size": size, "digest": digest}
-            for name, size, digest in _files(folder, _blake2b if first_version else _sha256)
-        }
+        with bucket.explained("--workdir", folder):  # a bucket out of reach is no damage
+            found = {
+                name: {"size": size, "digest": digest}
+                for name, size, digest in _files(folder, _blake2b if first_version else _sha256)
+            }
     except OSError as error:
         return f"it cannot be read: {error.strerror or error}"
     for name in sorted(files.keys() | found.keys()):
@@ -269,10 +272,21 @@ def damage(folder: epath.Path) -> str | None:
     return None
 
 
+def _remove(path: epath.Path) -> None:
+    """Removes a folder; what can't go now goes with a later one."""
+    try:
+        path.rmtree()
+    except Exception as error:
+        if not bucket.is_of_storage(error):
+            raise
+
+
 def _manifest_of(folder: epath.Path) -> dict[str, Any]:
     """The manifest of a checkpoint; empty if it can't be read."""
     try:
-        manifest = json.loads((folder / MANIFEST).read_text())
+        with bucket.explained("--workdir", folder):
+            text = (folder / MANIFEST).read_text() if (folder / MANIFEST).exists() else ""
+        manifest = json.loads(text)
     except (OSError, ValueError, RecursionError):
         return {}
     return manifest if isinstance(manifest, dict) else {}
@@ -315,7 +329,7 @@ def _files(folder: epath.Path, algorithm: Callable[[], Any], durable: bool = Fal
 
 def _to_disk(path: epath.Path) -> None:
     """Waits until a local file is on its disk; storage in a bucket is when it is closed."""
-    if corpus.in_a_bucket(path):
+    if bucket.in_a_bucket(path):
         return
     handle = os.open(path, os.O_RDONLY)
     try:

@@ -10,7 +10,7 @@ import jax
 from jax.experimental.compilation_cache import compilation_cache
 
 from convattn_jax.config import UserError, check
-from convattn_jax.data.corpus import in_a_bucket
+from convattn_jax.data.bucket import in_a_bucket
 
 log = logging.getLogger(__name__)
 

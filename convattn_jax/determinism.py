@@ -8,7 +8,7 @@ import os
 import pathlib
 
 from convattn_jax.config import check
-from convattn_jax.data import corpus
+from convattn_jax.data import bucket
 
 EXCLUDED = "--xla_gpu_exclude_nondeterministic_ops=true"
 TUNED = "--xla_gpu_per_fusion_autotune_cache_dir="
@@ -22,7 +22,7 @@ def ask_for(workdir: str) -> None:
       UserError: the run folder is one that XLA_FLAGS cannot name.
     """
     why = f"train.deterministic: XLA keeps its choices in --workdir={workdir}, but XLA_FLAGS"
-    check(not corpus.in_a_bucket(workdir), f"{why} can name no bucket: choose a local folder")
+    check(not bucket.in_a_bucket(workdir), f"{why} can name no bucket: choose a local folder")
     folder = (pathlib.Path.cwd() / workdir / FOLDER).absolute()
     check(len(str(folder).split()) == 1, f"{why} can't hold whitespace ({folder.parent}): choose another folder")
     os.environ["XLA_FLAGS"] = " ".join(filter(None, [os.environ.get("XLA_FLAGS"), EXCLUDED, f"{TUNED}{folder}"]))

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping
 
 from etils import epath
 
-from convattn_jax.data import corpus
+from convattn_jax.data import bucket
 
 
 @contextlib.contextmanager
@@ -15,7 +15,7 @@ def recorder(folder: epath.Path, first_step: int, wanted: bool) -> Iterator[Call
 
     Rows from `first_step` on replace an interrupted run's.
     """
-    if not wanted or corpus.in_a_bucket(folder) or importlib.util.find_spec("tensorboardX") is None:
+    if not wanted or bucket.in_a_bucket(folder) or importlib.util.find_spec("tensorboardX") is None:
         yield lambda row: None
         return
     from tensorboardX import SummaryWriter

@@ -20,6 +20,7 @@ from convattn_jax import checkpoint, memory
 from convattn_jax.account import KINDS, Account
 from convattn_jax.config import UserError, check, check_choice, from_config, to_plain
 from convattn_jax.console import Console, duration
+from convattn_jax.data import bucket
 from convattn_jax.data.config import DataConfig
 from convattn_jax.data.tokenizer import Tokenizer
 from convattn_jax.glue import examples, finished, results, submission
@@ -71,8 +72,9 @@ def run(config: ml_collections.ConfigDict, workdir: str, console: Console | None
     }
     for key in ("tasks", "together", "seeds", "save_seconds"):  # a later call may add to them
         settings["glue"].pop(key)
-    folder.check_belongs(settings)
-    folder.check_writable()
+    with bucket.explained("--workdir", folder.path):
+        folder.check_belongs(settings)
+        folder.check_writable()
     text = from_config(DataConfig, pretrained.config["data"], "data.")
     data = {task.name: load_data(task, c.glue, pretrained.tokenizer, text) for task in tasks}  # before anything trains
     folder.path.mkdir(parents=True, exist_ok=True)
@@ -110,7 +112,8 @@ def load_pretrained(path: str) -> Pretrained:
     """
     folder = RunFolder(path)
     try:
-        config, began = folder.read("config"), folder.started_with()
+        with bucket.explained("run folder", path):
+            config, began = folder.read("config"), folder.started_with()
         check(config is None or config.get("task") == "pretrain", f"{path} is no pre-training run")
         check(
             began is None or Tokenizer.load(str(folder.path)).digest == began["tokenizer"],

@@ -12,6 +12,7 @@ from typing import Any
 
 from convattn_jax import determinism
 from convattn_jax.config import Interrupted, UserError, check_choice, flatten, parse
+from convattn_jax.data import bucket
 
 TASKS = {"pretrain": "convattn_jax.pretrain", "finetune": "convattn_jax.finetune"}
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -52,7 +53,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             compiled.keep(command.compile_cache)
             watchdog: Any = command.config.get("watchdog") or {"killed_seconds": 100}  # fine-tuning is one process
             distributed.start(command.cluster, watchdog["killed_seconds"])
-            module.run(command.config, command.workdir)
+            with bucket.explained("--workdir", command.workdir):
+                module.run(command.config, command.workdir)
     except UserError as error:
         sys.exit(_line(error))
     except OSError as error:

@@ -17,7 +17,7 @@ from matplotlib.axes import Axes
 from matplotlib.colors import LinearSegmentedColormap, Normalize
 from matplotlib.figure import Figure
 
-from convattn_jax.data import corpus
+from convattn_jax.data import bucket, corpus
 from convattn_jax.taps import FLAT, Kernel, census, centred, describe, signed
 
 INK, SOFT, FAINT = "#1c2430", "#6a7280", "#dfe3e8"
@@ -333,7 +333,7 @@ def _label_ends(axes: Axes, labels: Sequence[tuple[float, str, str, str]]) -> No
 
 def save(figure: Figure, path: str | os.PathLike[str]) -> None:
     """Writes the picture in full or not at all."""
-    if corpus.in_a_bucket(path):
+    if bucket.in_a_bucket(path):
         content = io.BytesIO()
         figure.savefig(content, format=os.path.splitext(path)[1][1:] or "png")
         corpus.write_atomically(path, content.getvalue())

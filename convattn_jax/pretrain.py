@@ -28,7 +28,7 @@ from convattn_jax import (
 from convattn_jax.account import KINDS, Account
 from convattn_jax.config import Interrupted, check, flatten, from_config, to_plain
 from convattn_jax.console import Console, duration
-from convattn_jax.data import loader
+from convattn_jax.data import bucket, loader
 from convattn_jax.data.rows import Prepared, Rows, prepare, reopen
 from convattn_jax.data.tokenizer import Tokenizer
 from convattn_jax.learned import learned_kernels, save_kernels
@@ -57,13 +57,18 @@ def run(config: ml_collections.ConfigDict, workdir: str, console: Console | None
             "before jax is first used, or use the command line",
         )
         sharding.check_divides(mesh, c.train.batch_size, c.train.accumulate, c.model.heads)
-        changes = folder.check_belongs(to_plain(c)) if first else []
-        if first:
-            folder.check_writable()
+        with bucket.explained("--workdir", workdir):
+            changes = folder.check_belongs(to_plain(c)) if first else []
+            if first:
+                folder.check_writable()
 
     with console or Console(quiet=not first) as console, contextlib.ExitStack() as stack:
+        prepared = None
+        if bucket.in_a_bucket(c.data.cache_dir):  # the first process puts there what the others then find
+            with distributed.together():
+                prepared = find_rows(c, folder, console) if first else None
         with distributed.together():
-            prepared = find_rows(c, folder, console)
+            prepared = prepared or find_rows(c, folder, console)
             folder.path.mkdir(parents=True, exist_ok=True)
             if c.train.deterministic:
                 (folder.path / determinism.FOLDER).mkdir(exist_ok=True)
@@ -93,7 +98,7 @@ def find_rows(c: PretrainConfig, folder: RunFolder, console: Console) -> Prepare
             tokenizer.digest == started_with["tokenizer"],
             f"{folder.path}/tokenizer.model is not the tokenizer of this run: restore it, or choose another --workdir",
         )
-        rows = reopen(c.data.cache_dir, started_with["fingerprint"], tokenizer)
+        rows = reopen(c.data.cache_dir, started_with["fingerprint"], tokenizer, console.report)
         if rows is not None:
             return rows
     prepared = prepare(c.data, c.tokenizer, c.train.batch_size, console.report)

@@ -5,6 +5,8 @@ import dataclasses
 import fcntl
 import json
 import os
+import socket
+import uuid
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
@@ -12,14 +14,17 @@ from etils import epath
 
 from convattn_jax import resume
 from convattn_jax.config import UserError, check
-from convattn_jax.data import corpus
+from convattn_jax.data import bucket, corpus
+
+OWNER = "owner"
 
 
 class RunFolder:
     """config.json, data.json, metrics.jsonl, summary.json and checkpoints/ of one run."""
 
     def __init__(self, path: epath.PathLike):
-        self.path = epath.Path(path)
+        self.path = bucket.opened(path)
+        self._mark: dict[str, Any] | None = None  # of this process, in a folder that it keeps to itself without a lock
         self.metrics = self.path / "metrics.jsonl"
         self.checkpoints = self.path / "checkpoints"
 
@@ -47,6 +52,9 @@ class RunFolder:
 
     def check_writable(self) -> None:
         """Raises a `UserError` unless files can be made in the folder; leaves nothing behind."""
+        if bucket.in_a_bucket(self.path):
+            bucket.check_writable(self.path, "--workdir")
+            return
         made = [path for path in (self.path, *self.path.parents) if not path.exists()]
         try:
             self.path.mkdir(parents=True, exist_ok=True)
@@ -68,11 +76,20 @@ class RunFolder:
     def lock(self) -> Iterator[None]:
         """Keeps other processes out of a local folder; the kernel lets go of it even when this one is killed.
 
+        In a bucket, which has no locks and can't tell the killed from the living, who comes last takes the folder over,
+        and who was there before ends with a `UserError` at its next `write` or `append`.
+
         Raises:
           UserError: another process is at work in the folder.
         """
-        if corpus.in_a_bucket(self.path):
-            yield
+        if bucket.in_a_bucket(self.path):
+            mark = {"mark": uuid.uuid4().hex, "host": socket.gethostname(), "process": os.getpid()}
+            self.write(OWNER, mark)
+            self._mark = mark
+            try:
+                yield
+            finally:
+                self._mark = None
             return
         handle = os.open(self.path, os.O_RDONLY)
         try:
@@ -91,6 +108,7 @@ class RunFolder:
 
     def write(self, name: str, value: Mapping[str, Any]) -> None:
         """Writes NAME.json, all or nothing."""
+        self._check_owned()
         write_atomically(self.path / f"{name}.json", json.dumps(value, indent=2) + "\n")
 
     def read(self, name: str) -> dict[str, Any] | None:
@@ -112,13 +130,20 @@ class RunFolder:
 
     def append(self, row: Mapping[str, float | int]) -> None:
         """Adds a row to metrics.jsonl."""
+        self._check_owned()
         _add_lines(self.metrics, [row])
+
+    def _check_owned(self) -> None:
+        owner = self.read(OWNER) if self._mark else None
+        if self._mark is not None and owner is not None and owner != self._mark:
+            who = f"process {owner.get('process')} on {owner.get('host')}"
+            raise UserError(f"{self.path} was taken over by {who}: end one of the two, or choose another --workdir")
 
 
 def _add_lines(path: epath.Path, values: Iterable[Mapping[str, Any]]) -> None:
     """Adds lines of JSON to a file; in a bucket it is written anew."""
     lines = "".join(json.dumps(value) + "\n" for value in values)
-    if corpus.in_a_bucket(path):
+    if bucket.in_a_bucket(path):
         write_atomically(path, (path.read_text() if path.exists() else "") + lines)
         return
     with path.open("a") as file:

@@ -7,6 +7,7 @@ import json
 import logging
 import lzma
 import os
+import shutil
 import subprocess
 import sys
 
@@ -427,10 +428,10 @@ def test_the_corpus_is_stored_on_first_use_and_stays(config, package, monkeypatc
     config = dataclasses.replace(config, source="docstrings", files=())
     first = open_corpus(config)
     assert len(everything(first)) == 21
-    stored = (package.parent / "cache" / "docstrings-v1.txt.gz").read_bytes()
+    stored = (package.parent / "cache" / "docstrings-v1" / "docstrings.txt.gz").read_bytes()
     (package / "m0.py").write_text("")
     assert open_corpus(config).fingerprint == first.fingerprint
-    (package.parent / "cache" / "docstrings-v1.txt.gz").unlink()
+    shutil.rmtree(package.parent / "cache" / "docstrings-v1")
     assert open_corpus(config).fingerprint != first.fingerprint
     assert stored[4:8] == bytes(4)  # no time stamp in the archive: equal text, equal bytes
 

@@ -1,17 +1,17 @@
-"""A run folder in a bucket, played by a folder behind the path layer: objects appear whole and never grow."""
+"""A run folder in a bucket, played by a folder behind the path layer."""
 
 import json
-import pathlib
 
 import numpy as np
 import pytest
 import tiny
-from etils.epath import testing
+from played_bucket import played  # noqa: F401  the fixture `bucket`
 
-from convattn_jax import evaluate, events, plots
+from convattn_jax import checkpoint, evaluate, events, plots
 from convattn_jax.config import UserError
-from convattn_jax.data import corpus
+from convattn_jax.data import textfiles
 from convattn_jax.data import tokenizer as tokenizers
+from convattn_jax.data.bucket import explained
 from convattn_jax.glue import finished, results, submission
 from convattn_jax.glue.config import SEEDS
 from convattn_jax.inference import AttentionMaps
@@ -21,28 +21,6 @@ from convattn_jax.run import RunFolder
 from convattn_jax.taps import Kernel
 
 RUN = "gs://bucket/runs/composite"
-
-
-@pytest.fixture
-def bucket(tmp_path):
-    """Where the objects of gs://bucket lie; what a bucket cannot do fails."""
-
-    def here(path):
-        return str(path).replace("gs://", f"{tmp_path}/")
-
-    def of(original, path, **options):
-        return original(here(path), **options)
-
-    def open_whole(original, path, mode):
-        assert "a" not in mode, "objects cannot be extended"
-        return original(here(path), mode)
-
-    def never(original, path, dst):
-        raise AssertionError("a rename in a bucket copies: a reader sees the parts")
-
-    same = dict.fromkeys(("exists", "isdir", "listdir", "makedirs", "mkdir", "remove", "rmtree", "stat"), of)
-    with testing.mock_epath(**same, open=open_whole, rename=never, replace=never):
-        yield tmp_path / "bucket"
 
 
 def test_a_run_folder_keeps_its_figures_in_a_bucket(bucket):
@@ -107,8 +85,45 @@ def test_attention_maps_go_to_a_bucket(bucket, tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == [tmp_path / "bucket"]
 
 
-def test_a_cache_in_a_bucket_is_refused_before_a_folder_of_that_name_is_made(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises(UserError, match=r"data\.cache_dir=gs://b/c: token rows are mapped into memory"):
-        corpus.cache_folder("gs://b/c")
-    assert not list(pathlib.Path().iterdir())
+def test_a_path_in_a_bucket_stays_one(bucket, tmp_path):
+    (bucket / "text").mkdir()
+    tiny.write_corpus(bucket / "text" / "a.txt")
+    for pattern in ("gs://bucket/text/a.txt", "gs://bucket/text/*.txt"):
+        assert list(map(str, textfiles.find([pattern], "data.files"))) == ["gs://bucket/text/a.txt"]
+    assert str(checkpoint.Checkpoints(f"{RUN}/checkpoints", 1)._path(3)) == f"{RUN}/checkpoints/3"
+
+
+def test_who_comes_last_takes_a_run_folder_over(bucket):
+    first, second = RunFolder(RUN), RunFolder(RUN)
+    with first.lock():
+        first.append({"step": 1})
+        with second.lock():
+            second.append({"step": 2})
+            for write in (lambda: first.append({"step": 2}), lambda: first.write("summary", {})):
+                with pytest.raises(UserError, match=rf"{RUN} was taken over by process \d+ on .*: end one of the two"):
+                    write()
+            second.append({"step": 3})
+    assert [row["step"] for row in second.rows()] == [1, 2, 3]
+    assert second.read("summary") is None
+
+
+def test_a_bucket_that_is_not_there_or_cannot_be_reached_is_one_line(bucket, tmp_path):
+    with pytest.raises(UserError, match=r"--workdir=gs://other/run: there is no bucket gs://other: make it"):
+        RunFolder("gs://other/run").check_writable()
+    (tmp_path / "refused").touch()
+    with pytest.raises(UserError, match=rf"--workdir={RUN} cannot be reached \(Forbidden: no storage.*\): log in \("):
+        RunFolder(RUN).check_writable()
+    with pytest.raises(UserError, match=r"--workdir=ftp://b/run: buckets are gs:// or s3://"), reach("ftp://b/run"):
+        pass
+    with pytest.raises(UserError, match=r"needs a library: pip install 'convattn_jax\[gcs\]' \(no gcsfs\)"), reach(RUN):
+        raise ImportError("no gcsfs")
+    with pytest.raises(UserError, match=r"cannot be reached \(Forbidden: by whom\): log in"), reach(RUN):
+        raise OSError("Forbidden:\nby whom")
+    with pytest.raises(ZeroDivisionError), reach(RUN):  # a mistake of the program's own
+        raise ZeroDivisionError
+    with pytest.raises(OSError, match="on a disk"), reach("runs/local"):
+        raise OSError("on a disk")
+
+
+def reach(path):
+    return explained("--workdir", path)

@@ -2,6 +2,7 @@
 
 import contextlib
 import fcntl
+import io
 import os
 import pathlib
 import shutil
@@ -51,6 +52,13 @@ def errors(cache: pathlib.Path) -> Iterator[None]:
         raise UserError(
             f"data.cache_dir={cache}: {error.strerror or error}; name a folder that can be written and has room"
         ) from error
+
+
+def write_all(file: io.FileIO, content: bytes) -> None:
+    """Writes to a raw file, which may take less than all at once."""
+    left = memoryview(content)
+    while left:
+        left = left[file.write(left) :]
 
 
 def _locked_folder(folder: pathlib.Path) -> tuple[pathlib.Path, int]:

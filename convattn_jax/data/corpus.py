@@ -6,17 +6,20 @@ import json
 import os
 import pathlib
 import tempfile
+import urllib.parse
 from collections.abc import Callable, Iterator
 from typing import Any, Literal
 
 from etils import epath
 
-from convattn_jax.config import UserError, check
+from convattn_jax.config import UserError
+from convattn_jax.data.bucket import in_a_bucket
 
 Document = list[str]  # lines (paragraphs), none of them empty, no newline inside
 Report = Callable[[str, int, int], None]  # (what, done, total); total 0: not known
 Split = Literal["train", "heldout"]
 
+COPIES = "~/.cache/convattn_jax"  # here each host keeps its copies of caches in buckets
 _LONGEST = 1 << 20  # characters of a document; longer ones are cut into several, so that memory stays bounded
 
 
@@ -94,32 +97,30 @@ def digest_of(*values: Any) -> str:
     return hashlib.blake2b(json.dumps(values).encode(), digest_size=16).hexdigest()
 
 
+def local_folder(cache_dir: str) -> pathlib.Path:
+    """The folder `data.cache_dir`; of one in a bucket, the folder with this host's copies."""
+    if in_a_bucket(cache_dir):
+        return pathlib.Path(COPIES).expanduser() / urllib.parse.quote(cache_dir.rstrip("/"), safe="")
+    return pathlib.Path(cache_dir).expanduser()
+
+
 def cache_folder(cache_dir: str) -> pathlib.Path:
-    """The folder `data.cache_dir`, made if it is not there.
+    """`local_folder(cache_dir)`, made if it is not there.
 
     Raises:
       UserError: it cannot be made or written.
     """
-    check(
-        not in_a_bucket(cache_dir),
-        f"data.cache_dir={cache_dir}: token rows are mapped into memory, so each host needs them on a disk of its own; "
-        "name a local folder (--workdir and data.files may be gs://)",
-    )
-    folder = pathlib.Path(cache_dir).expanduser()
+    folder = local_folder(cache_dir)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=folder).close()
     except OSError as error:
+        where = f"its copy in {folder} " if in_a_bucket(cache_dir) else ""
         raise UserError(
-            f"data.cache_dir={cache_dir}: cannot be written ({error.strerror}); "
+            f"data.cache_dir={cache_dir}: {where}cannot be written ({error.strerror}); "
             "name another folder, such as --config.data.cache_dir=/tmp/convattn"
         ) from error
     return folder
-
-
-def in_a_bucket(path: epath.PathLike) -> bool:
-    """Whether a path is gs://... or the like: objects appear whole, can't be extended, and know no locks."""
-    return "://" in str(path)
 
 
 def write_atomically(path: epath.PathLike, content: bytes) -> None:

@@ -16,10 +16,11 @@ import sysconfig
 import warnings
 from collections.abc import Iterator, Sequence
 
-from convattn_jax.data.corpus import Document, Report, cache_folder, write_atomically
+from convattn_jax.data import cache, shared
+from convattn_jax.data.corpus import Document, Report
 from convattn_jax.data.prose import paragraphs
 
-FILE_NAME = "docstrings-v1.txt.gz"
+FOLDER, FILE_NAME = "docstrings-v1", "docstrings.txt.gz"
 # The standard library and what installing this project brings along; the order is the order of the documents.
 PACKAGES = (
     "absl", "attr", "contourpy", "dateutil", "docstring_parser", "einops", "etils", "flax", "fsspec", "google.protobuf",
@@ -89,11 +90,13 @@ def stored(cache_dir: str, report: Report) -> pathlib.Path:
 
     Upgrading a package afterwards leaves the text of a run as it was.
     """
-    path = cache_folder(cache_dir) / FILE_NAME
-    if not path.exists():
+
+    def make(folder: pathlib.Path) -> None:
         text = "\n\n".join("\n".join(document) for document in collect(module_files(), report)) + "\n"
-        write_atomically(path, gzip.compress(text.encode(), mtime=0))
-    return path
+        with cache.errors(folder.parent):
+            (folder / FILE_NAME).write_bytes(gzip.compress(text.encode(), mtime=0))
+
+    return shared.obtain(cache_dir, FOLDER, make, report) / FILE_NAME
 
 
 def collect(files: Sequence[str], report: Report, processes: int = 2) -> Iterator[Document]:

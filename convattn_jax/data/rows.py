@@ -1,7 +1,7 @@
 """Token rows on disk: text is tokenised once into memory-mapped rows that every later run reuses.
 
 The rows are a function of text, tokenizer, layout and length; their fingerprint names these, and the folder
-`rows-<fingerprint>` of the cache holds them.
+`rows-<fingerprint>` of the cache holds them; where the cache is in a bucket, so does a copy on a local disk.
 """
 
 import contextlib
@@ -16,11 +16,11 @@ from collections.abc import Iterable, Iterator
 import numpy as np
 
 from convattn_jax.config import UserError, check
-from convattn_jax.data import cache, parallel
+from convattn_jax.data import cache, parallel, shared
 from convattn_jax.data import tokenizer as tokenizers
 from convattn_jax.data.config import DataConfig, TokenizerConfig
 from convattn_jax.data.corpora import open_corpus
-from convattn_jax.data.corpus import Corpus, Report, Split, cache_folder, reduced, silent
+from convattn_jax.data.corpus import Corpus, Report, Split, cache_folder, local_folder, reduced, silent
 from convattn_jax.data.examples import LAYOUTS, Documents, RowFormat, token_dtype
 from convattn_jax.data.tokenizer import Tokenizer
 
@@ -55,17 +55,18 @@ def prepare(data: DataConfig, tokenizer: TokenizerConfig, batch_size: int, repor
     Raises:
       UserError: wrong text, tokenizer or cache, fewer train rows than one batch, or no held-out rows.
     """
-    root = cache_folder(data.cache_dir)
+    shared.check_reached(data.cache_dir)
+    cache_folder(data.cache_dir)
     given = Tokenizer.from_file(tokenizer.model, tokenizer.normalization) if tokenizer.model else None
     corpus = open_corpus(data, report)
-    used = given or _trained(root, corpus, tokenizer, report)
+    used = given or _trained(data.cache_dir, corpus, tokenizer, report)
     corpus = reduced(corpus, data.fraction)  # after the tokenizer: losses per token compare only under the same one
     fingerprint = _digest("rows", VERSION, corpus.fingerprint, used.digest, data.layout, data.length)
-    folder = root / f"rows-{fingerprint}"
-    if not folder.exists():
-        with cache.new_folder(folder) as partial:
-            _write(partial, fingerprint, corpus, used, data, report)
-    prepared = _open(folder, fingerprint, used)
+
+    def make(folder: pathlib.Path) -> None:
+        _write(folder, fingerprint, corpus, used, data, report)
+
+    prepared = _open(shared.obtain(data.cache_dir, f"rows-{fingerprint}", make, report), fingerprint, used)
 
     rows = len(prepared.train.tokens)
     check(
@@ -80,27 +81,29 @@ def prepare(data: DataConfig, tokenizer: TokenizerConfig, batch_size: int, repor
     return prepared
 
 
-def reopen(cache_dir: str, fingerprint: str, tokenizer: Tokenizer) -> Prepared | None:
+def reopen(cache_dir: str, fingerprint: str, tokenizer: Tokenizer, report: Report = silent) -> Prepared | None:
     """The rows that a run was started with, without a look at the source text; None where the cache lacks them.
 
     Raises:
       UserError: the cache is damaged or was made with another tokenizer.
     """
-    folder = pathlib.Path(cache_dir).expanduser() / f"rows-{fingerprint}"
-    return _open(folder, fingerprint, tokenizer) if folder.exists() else None
+    name = f"rows-{fingerprint}"
+    there = shared.found(cache_dir, name, report)
+    return _open(local_folder(cache_dir) / name, fingerprint, tokenizer) if there else None
 
 
-def _trained(root: pathlib.Path, corpus: Corpus, config: TokenizerConfig, report: Report) -> Tokenizer:
+def _trained(cache_dir: str, corpus: Corpus, config: TokenizerConfig, report: Report) -> Tokenizer:
     """The tokenizer of this corpus, shared by all that differ only in layout, length or model."""
+
+    def make(folder: pathlib.Path) -> None:
+        report("training the tokenizer", 0, 0)
+        lines = itertools.chain.from_iterable(corpus.documents("train"))
+        trained = tokenizers.train(lines, config.vocab_size, config.normalization)
+        with cache.errors(folder.parent):
+            trained.save(folder)
+
     key = _digest("tokenizer", VERSION, corpus.fingerprint, config.vocab_size, config.normalization)
-    folder = root / f"tokenizer-{key}"
-    if not folder.exists():
-        with cache.new_folder(folder) as partial:
-            report("training the tokenizer", 0, 0)
-            lines = itertools.chain.from_iterable(corpus.documents("train"))
-            trained = tokenizers.train(lines, config.vocab_size, config.normalization)
-            with cache.errors(root):
-                trained.save(partial)
+    folder = shared.obtain(cache_dir, f"tokenizer-{key}", make, report)
     try:
         return Tokenizer.load(folder)
     except UserError as error:
@@ -137,9 +140,7 @@ def _write(
             for block in LAYOUTS[data.layout](watched(group), form):
                 rows[split] += len(block)
                 with cache.errors(folder.parent):
-                    left = memoryview(block.tobytes())
-                    while left:  # a raw file may take less than all at once
-                        left = left[files[split].write(left) :]
+                    cache.write_all(files[split], block.tobytes())
     report("tokenizing", done, done)
 
     manifest = {

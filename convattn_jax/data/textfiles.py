@@ -15,6 +15,7 @@ from typing import Any, Protocol, cast, runtime_checkable
 from etils import epath
 
 from convattn_jax.config import UserError, check
+from convattn_jax.data import bucket
 from convattn_jax.data.corpus import (
     Corpus,
     Document,
@@ -73,16 +74,16 @@ def find(patterns: Sequence[str], field: str) -> list[epath.Path]:
 
 
 def _expand(pattern: str, field: str) -> list[epath.Path]:
-    path = epath.Path(pattern).expanduser()
+    path = bucket.opened(pattern).expanduser()
     try:
         if path.is_dir():
             raise UserError(f"{field}: {pattern} is a folder: name its files, such as {pattern.rstrip('/')}/*.txt")
         if path.exists():
-            return [path.resolve()]
+            return [bucket.absolute(path)]
         check(_MAGIC.search(pattern) is not None, f"{field}: {pattern} is not there; name a file or a pattern")
         fixed = next(i for i, part in enumerate(path.parts) if _MAGIC.search(part))
         root = epath.Path(*path.parts[:fixed]) if fixed else epath.Path(".")
-        matches = [match.resolve() for match in root.glob("/".join(path.parts[fixed:])) if not match.is_dir()]
+        matches = [bucket.absolute(match) for match in root.glob("/".join(path.parts[fixed:])) if not match.is_dir()]
     except ImportError as error:
         raise UserError(
             f"{field}: {pattern} needs the extra gcs: pip install 'convattn_jax[gcs]' ({_line(error)})"

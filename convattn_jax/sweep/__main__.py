@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 
 from convattn_jax.config import UserError, check, run_file
-from convattn_jax.data.corpus import in_a_bucket
+from convattn_jax.data.bucket import in_a_bucket
 
 EPILOG = """\
   --sweep=configs/sweeps/positions.py:small   the size is passed on to every configuration
