@@ -157,7 +157,7 @@ def _saved_specs(spec: Spec, rest: pl.BlockSpec | None = None) -> Saved:
 class _Gradient(NamedTuple):
     """Of one tile."""
 
-    dropped: Array  # P after dropout
+    dropped: Array | None  # P after dropout, where there are gradients of v
     d_scores: Array
     delta: Array
 
@@ -165,8 +165,8 @@ class _Gradient(NamedTuple):
 def _tile_gradient(spec: Spec, refs: Operands, saved: Saved, q, k, v, d_out, delta, i: Side, j: Side, zone: int, below):
     """P and dS of a tile; the sides say which way it lies.
 
-    With dropout the exponentials already hold its factor f = 1 / (1 - rate): fP comes out, and where D is fP with
-    zeros for what is dropped, dS = D * dP - fP * delta / f.
+    With dropout the exponentials hold its factor f = 1 / (1 - rate). With a zero, in D, for every dropped dP,
+    dS = fP * (D - delta / f); the pass by keys, which needs fP with those zeros, takes the product apart.
     """
     both = bands.Bands(spec, i, j, zone, (saved.query_band, saved.key_band), below)
     lse = saved.lse[pl.ds(i.start, i.size)]
@@ -180,10 +180,14 @@ def _tile_gradient(spec: Spec, refs: Operands, saved: Saved, q, k, v, d_out, del
     if refs.factors is None:
         delta = i.total(weights * d_weights) if delta is None else delta
         return _Gradient(weights, weights * (d_weights - i.spread(delta)), delta)
-    dropped = tile.drop(spec, i, j, refs.factors, weights)
-    delta = i.total(dropped * d_weights) if delta is None else delta
-    d_scores = tile.fma(spec, dropped, d_weights, weights * i.spread(delta * (spec.rate - 1)))
-    return _Gradient(dropped, d_scores, delta)
+    if i.axis == 1:
+        dropped = tile.drop(spec, i, j, refs.factors, weights)
+        d_scores = tile.fma(spec, dropped, d_weights, weights * i.spread(delta * (spec.rate - 1)))
+        return _Gradient(dropped, d_scores, delta)
+    dropped = tile.drop(spec, i, j, refs.factors, weights) if spec.one_pass else None
+    d_weights = tile.drop(spec, i, j, refs.factors, d_weights)
+    delta = i.total(weights * d_weights) if delta is None else delta
+    return _Gradient(dropped, weights * (d_weights - i.spread(delta * (1 - spec.rate))), delta)
 
 
 def _finish(spec: Spec, band, x, gradient, ends, owner, visited, outputs: BandOutputs, taps_ref, share):

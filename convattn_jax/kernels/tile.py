@@ -179,7 +179,7 @@ def fma(spec: Spec, a: Array, b: Array | float, c: Array | float) -> Array:
 
 
 def instruction(asm: str, *args: Array) -> Array:
-    """An instruction of the machine on each element, $0 the float32 result; not for the interpreter."""
+    """Instructions of the machine on each element, $0 the float32 result; not for the interpreter."""
     result = jax.ShapeDtypeStruct(args[0].shape, jnp.float32)
     constraints = ",".join(["=&f", *("f" if x.dtype == jnp.float32 else "r" for x in args)])
     return plgpu.elementwise_inline_asm(asm, args=args, constraints=constraints, pack=1, result_shape_dtypes=[result])[
@@ -198,21 +198,18 @@ def hide(spec: Spec, scores: Array, i: Side, j: Side, query_segments: Array | No
     return scores if spec.length % j.size == 0 else jnp.where(j.grid < spec.length, scores, HIDDEN)
 
 
-def drop(spec: Spec, i: Side, j: Side, factors: tuple, weights: Array) -> Array:
+def drop(spec: Spec, i: Side, j: Side, factors: tuple, tile: Array) -> Array:
     """Zeros where attention dropout strikes: bit by bit `convattn_jax.model.dropout.keep_pairs`."""
     of_query, of_key = (
-        jnp.broadcast_to(side.spread(ref[pl.ds(side.start, side.size)]), weights.shape)
+        jnp.broadcast_to(side.spread(ref[pl.ds(side.start, side.size)]), tile.shape)
         for ref, side in zip(factors, (i, j), strict=True)
     )
     if spec.interpret:
-        return jnp.where(keep_product(of_query, of_key, spec.rate), weights, 0.0)
-    return instruction(
-        "{ .reg .u32 draw; .reg .pred kept; mul.lo.u32 draw, $2, $3; "
-        f"setp.ge.u32 kept, draw, {lowest_kept(spec.rate)}; selp.f32 $0, $1, 0f00000000, kept; }}",
-        weights,
-        of_query,
-        of_key,
-    )  # as one block: XLA would round to bfloat16 first, and take pairs of weights apart to select
+        return jnp.where(keep_product(of_query, of_key, spec.rate), tile, 0.0)
+    # As one block: XLA would round to bfloat16 first, and take pairs of numbers apart to select.
+    draw = f"mul.lo.u32 draw, $2, $3; setp.ge.u32 kept, draw, {lowest_kept(spec.rate)};"
+    asm = f"{{ .reg .u32 draw; .reg .pred kept; {draw} selp.f32 $0, $1, 0f00000000, kept; }}"
+    return instruction(asm, tile, of_query, of_key)
 
 
 # --- a walk over the tiles of the other side -------------------------------------------------------------------------
