@@ -157,7 +157,7 @@ def _saved_specs(spec: Spec, rest: pl.BlockSpec | None = None) -> Saved:
 class _Gradient(NamedTuple):
     """Of one tile."""
 
-    dropped: Array | None  # P after dropout, where there are gradients of v
+    dropped: Array  # P after dropout; not for the pass by queries alone
     d_scores: Array
     delta: Array
 
@@ -184,7 +184,7 @@ def _tile_gradient(spec: Spec, refs: Operands, saved: Saved, q, k, v, d_out, del
         dropped = tile.drop(spec, i, j, refs.factors, weights)
         d_scores = tile.fma(spec, dropped, d_weights, weights * i.spread(delta * (spec.rate - 1)))
         return _Gradient(dropped, d_scores, delta)
-    dropped = tile.drop(spec, i, j, refs.factors, weights) if spec.one_pass else None
+    dropped = tile.drop(spec, i, j, refs.factors, weights) if spec.one_pass else weights
     d_weights = tile.drop(spec, i, j, refs.factors, d_weights)
     delta = i.total(weights * d_weights) if delta is None else delta
     return _Gradient(dropped, weights * (d_weights - i.spread(delta * (1 - spec.rate))), delta)

@@ -200,6 +200,7 @@ def hide(spec: Spec, scores: Array, i: Side, j: Side, query_segments: Array | No
 
 def drop(spec: Spec, i: Side, j: Side, factors: tuple, tile: Array) -> Array:
     """Zeros where attention dropout strikes: bit by bit `convattn_jax.model.dropout.keep_pairs`."""
+    # Read here, once a tile: known any earlier, the compiler draws before the products and keeps the bits, packed.
     of_query, of_key = (
         jnp.broadcast_to(side.spread(ref[pl.ds(side.start, side.size)]), tile.shape)
         for ref, side in zip(factors, (i, j), strict=True)
