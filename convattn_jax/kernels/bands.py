@@ -215,6 +215,14 @@ class Bands:
         self.query = spec.query_band and read_band(spec.query_band, query_ref, i, j, zone, query_below)
         self.key = spec.key_band and read_band(spec.key_band, key_ref, j, i, -zone)
 
+    def affine(self, product: Array | None) -> tuple[Array, float, Array]:
+        """(x, a, b) of scores a x + b, a > 0, with a number b per query: the product itself where all else is that."""
+        spec, zeros = self.spec, jnp.zeros((self.i.size,), jnp.float32)
+        if product is None or spec.content <= 0 or self.key or (self.query and self.query.strip):
+            return self.scores(product), 1.0, zeros
+        below = self.query.below if self.query else None
+        return product, spec.content * LOG2E, zeros if below is None else below
+
     def scores(self, product: Array | None, start: Array | None = None) -> Array:
         """content * q_i.k_j plus the bands, on top of a number per query."""
         spec, i, j = self.spec, self.i, self.j

@@ -161,10 +161,11 @@ def _kernel(spec: Spec, refs: Operands, key_band_ref, out_ref, lse_ref, query_ba
         j = Side(start, size.keys, 1)
         both = bands.Bands(spec, i, j, zone, (query_band_ref, key_band_ref), below)
         product = tile.dot(spec, q, tile.load_rows(spec, refs.k, j), (1, 1)) if spec.content else None
-        scores = tile.hide(spec, both.scores(product), i, j, segments, refs.key_segments)
-        new_top = jnp.maximum(top, jnp.max(scores, axis=1))
+        scores, factor, offset = both.affine(product)
+        scores = tile.hide(spec, scores, i, j, segments, refs.key_segments)
+        new_top = jnp.maximum(top, jnp.max(scores, axis=1) * factor + offset)
         finite_top = jnp.where(new_top == tile.HIDDEN, 0.0, new_top) if spec.masked else new_top
-        weights = tile.exp2(spec, scores - finite_top[:, None])
+        weights = tile.exp2(spec, tile.fma(spec, scores, factor, (offset - finite_top)[:, None]))
         shrink = tile.exp2(spec, top - finite_top)
         total = total * shrink + jnp.sum(weights, axis=1)
         if refs.factors is not None:
