@@ -124,11 +124,6 @@ class ModelConfig:
         """W."""
         return 2 * self.radius + 1
 
-    @property
-    def convolutional(self) -> bool:
-        """A projection is no linear map, so hidden states at padding are zeroed before all three."""
-        return any(p.kind in ("separable", "grouped") for p in (self.query_key, self.value))
-
     def term_shape(self) -> TermShape:
         """What a score term may know of the layer."""
         return TermShape(

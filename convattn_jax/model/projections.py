@@ -1,7 +1,7 @@
 """How queries, keys and values are made of the hidden states: linearly, or by a convolution in the linear map's place.
 
 (Chang et al. 2021, section 4.) Each kind is a function on arrays, the module that owns its parameters, and a row of
-PROJECTIONS. Where anything but `linear` is chosen, hidden states at padding are zeroed first.
+PROJECTIONS. Where one of the three is a convolution, hidden states at padding count as zero for all three.
 """
 
 import dataclasses
@@ -84,7 +84,9 @@ def project(modules: Sequence[ProjectionModule], x: Float[Array, "B T D"], input
         return linear(x, jnp.stack(kernels, axis=2), jnp.stack(biases, axis=1))
     kernels = [module.kernel() for module in modules]
     wanted = [kernel for kernel in kernels if kernel is not None]
-    convolved = iter(convolve(x, wanted, inputs) if wanted else ())
+    convolved = iter(convolve(x, wanted, inputs) if wanted else ())  # which never reads padding
+    if any(module.config.kind in CONVOLUTIONS for module in modules):
+        x = x * inputs.valid[..., None].astype(x.dtype)
     q, k, v = (
         module(x, inputs, None if kernel is None else next(convolved))
         for module, kernel in zip(modules, kernels, strict=True)
@@ -157,6 +159,7 @@ PROJECTIONS: dict[str, Projection] = {
     "grouped": Projection(GroupedProjection, "grouped_convolution(x)", "B T D^2 (W/groups - 1)"),
     "none": Projection(NoProjection, "x", "-B T D^2"),
 }
+CONVOLUTIONS = ("separable", "grouped")
 
 
 def check_projection(field: str, config: ProjectionConfig, width: int, heads: int, head_size: int) -> None:
@@ -167,7 +170,7 @@ def check_projection(field: str, config: ProjectionConfig, width: int, heads: in
     outputs = heads * head_size
     if config.half:
         check(heads % 2 == 0, f"{field}.half needs an even number of heads, not model.heads={heads}")
-        check(config.kind in ("separable", "grouped"), f"{field}.half has no meaning for {field}.kind={config.kind}")
+        check(config.kind in CONVOLUTIONS, f"{field}.half has no meaning for {field}.kind={config.kind}")
         outputs //= 2
     if config.kind == "none":
         check(

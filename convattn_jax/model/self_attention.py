@@ -41,8 +41,6 @@ class SelfAttention(nn.Module):
     ) -> tuple[Float[Array, "B T D"], dict[str, Array]]:
         c = self.config
         heads, shape = (c.heads, c.head_size), c.term_shape()
-        if c.convolutional:
-            x = x * inputs.valid[..., None].astype(x.dtype)
         kinds = {"query": c.query_key, "key": c.query_key, "value": c.value}
         projections = [projection(kind, c.width, heads, name) for name, kind in kinds.items()]
         qkv = project(projections, x, inputs, self.operations.convolve)
