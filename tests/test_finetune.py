@@ -146,6 +146,12 @@ def test_the_folder_beside_the_run_holds_the_results_and_nothing_more(home, prob
     assert kept == [str(SEEDS[ended.index(best)])]  # only the best seed's parameters are ever used
 
 
+def test_the_best_seed_is_saved_first_so_that_no_other_is_written():
+    two_sets = [(0.5, 0.9), (0.7, 0.2), (0.7, 0.3), (0.5, 0.9)]
+    runs = [{"accuracy_matched": one, "accuracy_mismatched": two} for one, two in two_sets]
+    assert finished.best_first(TASKS["mnli"], runs) == [2, 1, 0, 3]
+
+
 def test_a_second_call_trains_nothing_and_writes_the_same(home, copy, probed, no_training):
     for name in ("results.json", "results.md", "statistics.json", "results.png"):
         (copy / name).unlink()

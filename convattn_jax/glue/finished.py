@@ -3,7 +3,7 @@
 import io
 import math
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -64,6 +64,11 @@ def best(folder: RunFolder, task: Task) -> int:
     ended = seeds(folder, task)
     check(bool(ended), f"{folder.path} has no finished run of {task.name}: fine-tune it first")
     return max(ended, key=lambda seed: _score(folder, task, seed))
+
+
+def best_first(task: Task, metrics: Sequence[Mapping[str, float]]) -> list[int]:
+    """Seeds by their metrics, numbered as these: saved in this order, only the first one's parameters are written."""
+    return sorted(range(len(metrics)), key=lambda i: _rank(task, metrics[i]), reverse=True)
 
 
 def _score(folder: RunFolder, task: Task, seed: int) -> list[float]:

@@ -85,7 +85,8 @@ class TaskRun:
         groups = self._groups()
         counts = list(dict.fromkeys(len(group) for group in groups))
         for seeds in counts:
-            self.trainer.prepare_start(seeds, self.task.outputs)
+            apart = seeds > 1 and self.task.starts_from in self.c.tasks  # that one will be finished by then
+            self.trainer.prepare_start(seeds, self.task.outputs, apart)
             for length in examples.lengths_met(self._train_lengths(0), self.recipe.batch_size, self.edges):
                 self.trainer.prepare_step(seeds, self.recipe.batch_size, length)
             self._prepare_predict(seeds, self.data.evaluated.values())
@@ -132,9 +133,11 @@ class TaskRun:
         }
         self.account.charge("evaluating")
         seconds, params = time.perf_counter() - began, narrow(jax.device_get(state.params), outputs)
-        for i, seed in enumerate(seeds):
+        found = [self._figures({split: values[i] for split, values in logits.items()}) for i in range(len(seeds))]
+        for i in finished.best_first(self.task, [figures["metrics"] for figures in found]):
             of_seed = jax.tree.map(lambda leaf, i=i: leaf[i], params)
-            self._leave(seed, of_seed, {split: values[i] for split, values in logits.items()}, seconds)
+            rest = {"starts_from": self._start_of(seeds[i]), "steps": steps, "seconds": seconds}
+            finished.save(self.folder, self.task, seeds[i], of_seed, found[i] | rest)
         self._copies = len(seeds)
         unfinished.end(self.folder, self.task)
         self.account.charge("saving")
@@ -182,8 +185,9 @@ class TaskRun:
             for parts in itertools.islice(zip(*plans, strict=True), skipped, None):
                 yield stack(rows, texts.labels, parts, size, pad)
 
-    def _leave(self, seed: int, params: Params, logits: dict[str, np.ndarray], seconds: float) -> None:
-        figures = {
+    def _figures(self, logits: dict[str, np.ndarray]) -> dict[str, Any]:
+        """What one seed's logits are worth, split by split."""
+        metric = {
             finished.name(metric, split): value
             for split, texts in self.data.evaluated.items()
             for metric, value in metrics.evaluate(self.task.metrics, logits[split], texts.labels).items()
@@ -191,9 +195,7 @@ class TaskRun:
         by_label = {
             split: metrics.by_label(logits[split], texts.labels) for split, texts in self.data.evaluated.items()
         }
-        ended = {"metrics": figures, "by_label": by_label, "starts_from": self._start_of(seed)}
-        ended |= {"steps": self.schedule.steps, "seconds": seconds}
-        finished.save(self.folder, self.task, seed, params, ended)
+        return {"metrics": metric, "by_label": by_label}
 
     def _predict_tests(self) -> None:
         """What the best seed says of the test rows, where it has not said it yet; needs no training."""

@@ -90,7 +90,7 @@ class Trainer:
         self.model, self._compilers = model, compilers or make_compilers()
         devices = jax.local_devices()
         self._mesh = jax.make_mesh((len(devices),), ("devices",), axis_types=(AxisType.Auto,), devices=devices)
-        self._start = jax.jit(self._start_all, static_argnums=2, donate_argnums=0)
+        self._start = jax.jit(self._start_all, static_argnums=(2, 3))
         self._step = jax.jit(self._step_all, donate_argnums=0)
         self._predict = jax.jit(jax.vmap(functools.partial(predict, model)))
         self._shapes: Any = jax.eval_shape(model.initial_params, jax.random.key(0))
@@ -106,24 +106,25 @@ class Trainer:
 
     def start(self, seeds: Sequence[int], encoders: Sequence[Params], outputs: int) -> tuple[TrainState, Array]:
         """States of all seeds, (S, ...), and their keys: heads drawn by seed, encoders given, one or one a seed."""
-        count = len(seeds)
-
-        def stacked(*leaves: Any) -> np.ndarray:
-            host = [np.asarray(leaf) for leaf in leaves]
-            return np.stack(host) if len(host) > 1 else np.broadcast_to(host[0], (count, *host[0].shape))
-
-        encoder = self._spread(jax.tree.map(stacked, *encoders), count)
-        state, keys = self.prepare_start(count, outputs, now=True).result()(encoder, np.asarray(seeds, np.uint32))
+        count, apart = len(seeds), len(encoders) > 1
+        encoder = encoders[0]
+        if apart:
+            encoder = jax.tree.map(lambda *leaves: np.stack([np.asarray(leaf) for leaf in leaves]), *encoders)
+        program = self.prepare_start(count, outputs, apart, now=True).result()
+        given = self._spread(encoder, count, 0 if apart else None)
+        state, keys = program(given, np.asarray(seeds, np.uint32))
         return self._spread(state, count), self._spread(keys, count)
 
-    def prepare_start(self, seeds: int, outputs: int, now: bool = False) -> concurrent.futures.Future[Any]:
-        """The program that draws heads of so many outputs and makes states."""
+    def prepare_start(self, seeds: int, outputs: int, apart: bool, now: bool = False) -> concurrent.futures.Future[Any]:
+        """The program that draws heads of so many outputs for one encoder, or one a seed (`apart`)."""
 
         def compile_start():
-            encoder = self._placed(_stacked(self._shapes["encoder"], seeds), seeds)
-            return self._start.lower(encoder, jax.ShapeDtypeStruct((seeds,), np.uint32), outputs).compile(_options())
+            encoder = self._shapes["encoder"]
+            encoder = self._placed(_stacked(encoder, seeds), seeds) if apart else self._placed(encoder, seeds, None)
+            numbers = jax.ShapeDtypeStruct((seeds,), np.uint32)
+            return self._start.lower(encoder, numbers, outputs, apart).compile(_options())
 
-        return self._program(("start", seeds, outputs), compile_start, now)
+        return self._program(("start", seeds, outputs, apart), compile_start, now)
 
     def prepare_step(self, seeds: int, rows: int, length: int, now: bool = False) -> concurrent.futures.Future[Any]:
         """The program of a training step on (seeds, rows, length) tokens, as soon as it is compiled."""
@@ -157,18 +158,18 @@ class Trainer:
             self._programs[key] = self._compilers.submit(compile_it)
         return self._programs[key]
 
-    def _sharding(self, leaf: Any, seeds: int, seed_axis: int, row_axis: int | None) -> NamedSharding:
+    def _sharding(self, leaf: Any, seeds: int, seed_axis: int | None, row_axis: int | None) -> NamedSharding:
         """Seeds spread over the devices if their number divides, else rows if theirs does, else everything on each."""
         axis = row_axis if seeds % self._mesh.size else seed_axis
         if axis is None or leaf.shape[axis] % self._mesh.size:
             return NamedSharding(self._mesh, PartitionSpec())
         return NamedSharding(self._mesh, PartitionSpec(*[None] * axis, "devices"))
 
-    def _spread(self, tree: Any, seeds: int, seed_axis: int = 0, row_axis: int | None = None) -> Any:
+    def _spread(self, tree: Any, seeds: int, seed_axis: int | None = 0, row_axis: int | None = None) -> Any:
         """A tree of arrays on all devices."""
         return jax.tree.map(lambda leaf: jax.device_put(leaf, self._sharding(leaf, seeds, seed_axis, row_axis)), tree)
 
-    def _placed(self, tree: Any, seeds: int, seed_axis: int = 0, row_axis: int | None = None) -> Any:
+    def _placed(self, tree: Any, seeds: int, seed_axis: int | None = 0, row_axis: int | None = None) -> Any:
         """The shapes of what `_spread` gives."""
 
         def of(leaf: Any) -> jax.ShapeDtypeStruct:
@@ -178,7 +179,7 @@ class Trainer:
 
         return jax.tree.map(of, tree)
 
-    def _start_all(self, encoder: Params, seeds: Array, outputs: int) -> tuple[TrainState, Array]:
+    def _start_all(self, encoder: Params, seeds: Array, outputs: int, apart: bool) -> tuple[TrainState, Array]:
         narrow = self.model.clone(classes=outputs, parent=None)
 
         def of_seed(encoder: Params, seed: Array) -> tuple[TrainState, Array]:
@@ -186,7 +187,7 @@ class Trainer:
             params = narrow.initial_params(jax.random.fold_in(key, 0))
             return _fresh(widen({**params, "encoder": encoder}, self.model.classes)), key
 
-        return jax.vmap(of_seed)(encoder, seeds)
+        return jax.vmap(of_seed, in_axes=(0 if apart else None, 0))(encoder, seeds)
 
     def train(
         self,
