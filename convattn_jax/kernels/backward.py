@@ -3,6 +3,8 @@ and no atomic addition. Where one tile holds everything, the first pass writes d
 
     dS = P * (dP - delta)   delta_i = sum_j P_ij dP_ij   dq = content dS k   dk = content dS^T q   dv = P^T dO
 
+With dropout (a mask M, f = 1 / (1 - rate)) the exponentials give fP: dS = fP * (M dP - delta / f), dv = (M fP)^T dO.
+
 A band's gradient is stored slot by slot while dS is at hand; the thin products that turn it into gradients of q (or k)
 and of the taps follow in the same program, the taps' as shares, summed afterwards in float32.
 """
@@ -154,40 +156,19 @@ def _saved_specs(spec: Spec, rest: pl.BlockSpec | None = None) -> Saved:
     return Saved(per_token(spec), band_spec(spec, spec.query_band), band_spec(spec, spec.key_band), rest)
 
 
-class _Gradient(NamedTuple):
-    """Of one tile."""
-
-    dropped: Array  # P after dropout; not for the pass by queries alone
-    d_scores: Array
-    delta: Array
-
-
-def _tile_gradient(spec: Spec, refs: Operands, saved: Saved, q, k, v, d_out, delta, i: Side, j: Side, zone: int, below):
-    """P and dS of a tile; the sides say which way it lies.
-
-    With dropout the exponentials hold its factor f = 1 / (1 - rate). With a zero, in D, for every dropped dP,
-    dS = fP * (D - delta / f); the pass by keys, which needs fP with those zeros, takes the product apart.
-    """
+def _weights(spec: Spec, refs: Operands, saved: Saved, q, k, i: Side, j: Side, zone: int, below) -> Array:
+    """fP of a tile, f = 1 / (1 - rate) the factor of dropout; the sides say which way it lies."""
     both = bands.Bands(spec, i, j, zone, (saved.query_band, saved.key_band), below)
     lse = saved.lse[pl.ds(i.start, i.size)]
     segments = refs.query_segments[pl.ds(i.start, i.size)] if refs.query_segments is not None else None
     down, across = (q, k) if i.axis == 0 else (k, q)
     product = tile.dot(spec, down, across, (1, 1)) if spec.content else None
-    scores = tile.hide(spec, both.scores(product, -lse - math.log2(1 - spec.rate)), i, j, segments, refs.key_segments)
-    weights = tile.exp2(spec, scores)
-    down, across = (d_out, v) if i.axis == 0 else (v, d_out)
-    d_weights = tile.dot(spec, down, across, (1, 1))
-    if refs.factors is None:
-        delta = i.total(weights * d_weights) if delta is None else delta
-        return _Gradient(weights, weights * (d_weights - i.spread(delta)), delta)
-    if i.axis == 1:
-        dropped = tile.drop(spec, i, j, refs.factors, weights)
-        d_scores = tile.fma(spec, dropped, d_weights, weights * i.spread(delta * (spec.rate - 1)))
-        return _Gradient(dropped, d_scores, delta)
-    dropped = tile.drop(spec, i, j, refs.factors, weights) if spec.one_pass else weights
-    d_weights = tile.drop(spec, i, j, refs.factors, d_weights)
-    delta = i.total(weights * d_weights) if delta is None else delta
-    return _Gradient(dropped, weights * (d_weights - i.spread(delta * (1 - spec.rate))), delta)
+    scores = both.scores(product, -lse - math.log2(1 - spec.rate))
+    return tile.exp2(spec, tile.hide(spec, scores, i, j, segments, refs.key_segments))
+
+
+def _dropped(spec: Spec, refs: Operands, i: Side, j: Side, x: Array) -> Array:
+    return x if refs.factors is None else tile.drop(spec, i, j, refs.factors, x)
 
 
 def _finish(spec: Spec, band, x, gradient, ends, owner, visited, outputs: BandOutputs, taps_ref, share):
@@ -250,12 +231,15 @@ def _query_kernel(spec: Spec, refs: Operands, saved: Saved, out_ref, d_out_ref, 
         dq, ends = carry
         j = Side(start, size.keys, 1)
         k, v = tile.load_rows(spec, refs.k, j), tile.load_rows(spec, refs.v, j)
-        dropped, d_scores, row_delta = _tile_gradient(spec, refs, saved, q, k, v, d_out, delta, i, j, zone, below)
+        weights = _weights(spec, refs, saved, q, k, i, j, zone, below)
+        if spec.one_pass:  # before dP is there: the registers hold no third array
+            dropped = _dropped(spec, refs, i, j, weights).astype(d_out.dtype)
+            outputs.rows.store(spec, "v", j, tile.dot(spec, dropped, d_out, (0, 0)))
+        d_weights = _dropped(spec, refs, i, j, tile.dot(spec, d_out, v, (1, 1)))
+        row_delta = i.total(weights * d_weights) if delta is None else delta
         if spec.whole_rows and not spec.one_pass:
             outputs.delta[pl.ds(i.start, i.size)] = row_delta
-        if spec.one_pass:
-            dv = tile.dot(spec, dropped.astype(d_out.dtype), d_out, (0, 0))
-            outputs.rows.store(spec, "v", j, dv)
+        d_scores = weights * (d_weights - i.spread(row_delta * (1 - spec.rate)))
         narrow = d_scores.astype(q.dtype)
         if spec.content:
             dq += tile.dot(spec, narrow, k)
@@ -332,7 +316,13 @@ def _key_kernel(spec: Spec, refs: Operands, saved: Saved, d_out_ref, delta_ref, 
         i = Side(start, size.queries, 1)
         q, d_out = tile.load_rows(spec, refs.q, i), tile.load_rows(spec, d_out_ref, i)
         delta = delta_ref[pl.ds(i.start, i.size)]
-        dropped, d_scores, _ = _tile_gradient(spec, refs, saved, q, k, v, d_out, delta, i, j, -zone, None)
+        weights = _weights(spec, refs, saved, q, k, i, j, -zone, None)
+        d_weights = tile.dot(spec, v, d_out, (1, 1))
+        dropped = _dropped(spec, refs, i, j, weights)
+        if refs.factors is None:
+            d_scores = weights * (d_weights - i.spread(delta))
+        else:  # the same with zeros taken from `dropped` instead of another draw
+            d_scores = tile.fma(spec, dropped, d_weights, weights * i.spread(delta * (spec.rate - 1)))
         dv += tile.dot(spec, dropped.astype(d_out.dtype), d_out)
         if spec.content:
             dk += tile.dot(spec, d_scores.astype(q.dtype), q)
