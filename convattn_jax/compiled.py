@@ -9,8 +9,8 @@ import platform
 import jax
 from jax.experimental.compilation_cache import compilation_cache
 
-from convattn_jax.config import UserError, check
-from convattn_jax.data.bucket import in_a_bucket
+from convattn_jax.config import UserError
+from convattn_jax.data import bucket
 
 log = logging.getLogger(__name__)
 
@@ -25,19 +25,22 @@ def keep(folder: str | None) -> None:
     None is the default folder, unless JAX's own environment variable JAX_COMPILATION_CACHE_DIR names one. Programs for
     different processors don't meet: code for one may not run on another that shares the home directory.
 
+    In a bucket nothing is taken away, for it doesn't tell what was read; its own rules of life cycle can.
+
     Raises:
-      UserError: the folder that was asked for is in a bucket, or cannot be written.
+      UserError: the folder that was asked for cannot be written.
     """
     if folder is None and "JAX_COMPILATION_CACHE_DIR" in os.environ:
         return
     if folder == "":
         jax.config.update("jax_enable_compilation_cache", False)
         return
-    check(
-        not in_a_bucket(folder or DEFAULT),
-        f"--compile_cache={folder}: what was not read for long is taken away, and a bucket doesn't tell; "
-        "name a local folder, or none",
-    )
+    if folder and bucket.in_a_bucket(folder):
+        inside = bucket.opened(folder) / processor()
+        bucket.check_writable(inside, "--compile_cache")
+        jax.config.update("jax_persistent_cache_enable_xla_caches", "none")  # XLA itself knows local folders only
+        _use(str(inside))
+        return
     inside = pathlib.Path(folder or DEFAULT).expanduser() / processor()
     try:
         inside.mkdir(parents=True, exist_ok=True)
@@ -50,9 +53,13 @@ def keep(folder: str | None) -> None:
             raise UserError(f"--compile_cache={folder}: {reason}; name another folder, or none") from error
         log.warning("compiled programs are not kept: %s", reason)
         return
+    _use(str(inside))
+
+
+def _use(folder: str) -> None:
     compilation_cache.reset_cache()  # it takes no other folder once it has been used
     jax.config.update("jax_enable_compilation_cache", True)
-    jax.config.update("jax_compilation_cache_dir", str(inside))
+    jax.config.update("jax_compilation_cache_dir", folder)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", LEAST_SECONDS)
 
 

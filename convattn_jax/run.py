@@ -6,6 +6,7 @@ import fcntl
 import json
 import os
 import socket
+import time
 import uuid
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
@@ -17,6 +18,7 @@ from convattn_jax.config import UserError, check
 from convattn_jax.data import bucket, corpus
 
 OWNER = "owner"
+LOOKS = 20.0  # seconds between two looks at who owns a folder in a bucket, each of which takes a tenth of one
 
 
 class RunFolder:
@@ -25,6 +27,8 @@ class RunFolder:
     def __init__(self, path: epath.PathLike):
         self.path = bucket.opened(path)
         self._mark: dict[str, Any] | None = None  # of this process, in a folder that it keeps to itself without a lock
+        self._looked = 0.0
+        self._written = b""  # what this process knows metrics.jsonl to hold, in a bucket
         self.metrics = self.path / "metrics.jsonl"
         self.checkpoints = self.path / "checkpoints"
 
@@ -120,20 +124,31 @@ class RunFolder:
 
     def rows(self) -> list[dict[str, float | int]]:
         """The rows of metrics.jsonl; a last line cut short by a killed process is left out."""
-        return list(_parsed(self.metrics.read_bytes().splitlines())) if self.metrics.exists() else []
+        return list(_parsed(self._content().splitlines()))
 
     def keep_rows(self, last_step: int) -> list[dict[str, float | int]]:
         """Drops the rows after a step, so that each step stands there once when training goes on from it."""
         rows = [row for row in self.rows() if row["step"] <= last_step]
-        write_atomically(self.metrics, "".join(json.dumps(row) + "\n" for row in rows))
+        text = "".join(json.dumps(row) + "\n" for row in rows)
+        write_atomically(self.metrics, text)
+        self._written = text.encode()
         return rows
 
     def append(self, row: Mapping[str, float | int]) -> None:
-        """Adds a row to metrics.jsonl."""
-        self._check_owned()
-        _add_lines(self.metrics, [row])
+        """Adds a row to metrics.jsonl; in a bucket it is written anew."""
+        if not bucket.in_a_bucket(self.path):
+            _add_lines(self.metrics, [row])
+            return
+        if time.monotonic() - self._looked > LOOKS:
+            self._check_owned()
+        self._written = (self._written or self._content()) + json.dumps(row).encode() + b"\n"
+        corpus.write_atomically(self.metrics, self._written)
+
+    def _content(self) -> bytes:
+        return self.metrics.read_bytes() if self.metrics.exists() else b""
 
     def _check_owned(self) -> None:
+        self._looked = time.monotonic()
         owner = self.read(OWNER) if self._mark else None
         if self._mark is not None and owner is not None and owner != self._mark:
             who = f"process {owner.get('process')} on {owner.get('host')}"

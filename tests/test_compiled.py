@@ -4,6 +4,7 @@ import pathlib
 import jax
 import pytest
 from jax.experimental.compilation_cache import compilation_cache
+from played_bucket import played  # noqa: F401  the fixture `bucket`
 
 from convattn_jax import compiled
 from convattn_jax.config import UserError, parse
@@ -12,6 +13,7 @@ SETTINGS = (
     "jax_enable_compilation_cache",
     "jax_compilation_cache_dir",
     "jax_persistent_cache_min_compile_time_secs",
+    "jax_persistent_cache_enable_xla_caches",
 )
 
 
@@ -66,11 +68,15 @@ def test_a_folder_that_cannot_be_written_is_an_error_only_where_it_was_asked_for
         compiled.keep(str(home / ".cache"))
 
 
-def test_a_bucket_is_refused_before_a_folder_of_that_name_is_made(home, monkeypatch):
+def test_what_is_compiled_is_kept_in_a_bucket(bucket, home, monkeypatch):
+    monkeypatch.setattr(compiled, "LEAST_SECONDS", 0.0)
     monkeypatch.chdir(home)
-    with pytest.raises(UserError, match=r"--compile_cache=gs://b/c: .* name a local folder"):
+    with pytest.raises(UserError, match=r"--compile_cache=gs://b/.* there is no bucket gs://b: make it"):
         compiled.keep("gs://b/c")
-    assert not list(home.iterdir())
+    compiled.keep("gs://bucket/c")
+    jax.jit(lambda x: x * 3.5 + 1)(2.0).block_until_ready()
+    assert kept(bucket / "c" / compiled.processor())
+    assert list(home.iterdir()) == [home / "bucket"]
 
 
 def test_the_folder_keeps_what_was_used_last(tmp_path):

@@ -7,7 +7,7 @@ import pytest
 import tiny
 from played_bucket import played  # noqa: F401  the fixture `bucket`
 
-from convattn_jax import checkpoint, evaluate, events, plots
+from convattn_jax import checkpoint, evaluate, events, plots, run
 from convattn_jax.config import UserError
 from convattn_jax.data import textfiles
 from convattn_jax.data import tokenizer as tokenizers
@@ -93,7 +93,8 @@ def test_a_path_in_a_bucket_stays_one(bucket, tmp_path):
     assert str(checkpoint.Checkpoints(f"{RUN}/checkpoints", 1)._path(3)) == f"{RUN}/checkpoints/3"
 
 
-def test_who_comes_last_takes_a_run_folder_over(bucket):
+def test_who_comes_last_takes_a_run_folder_over(bucket, monkeypatch):
+    monkeypatch.setattr(run, "LOOKS", -1.0)
     first, second = RunFolder(RUN), RunFolder(RUN)
     with first.lock():
         first.append({"step": 1})

@@ -1,6 +1,7 @@
 """Paths in buckets, gs://...: objects appear whole, can't be extended, and know no locks."""
 
 import contextlib
+import logging
 import uuid
 from collections.abc import Iterator
 
@@ -26,6 +27,7 @@ def absolute(path: epath.Path) -> epath.Path:
 def opened(path: epath.PathLike) -> epath.Path:
     """The path; of a bucket no listing is remembered, for TensorStore and other hosts write there too."""
     if in_a_bucket(path):
+        logging.getLogger("gcsfs").setLevel(logging.CRITICAL)  # it logs what it raises, too
         import fsspec.config
 
         for scheme in ("gs", "gcs", "s3"):
