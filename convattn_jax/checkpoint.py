@@ -159,6 +159,8 @@ class Checkpoints:
 
 def unwritten(folder: epath.Path, failure: BaseException) -> UserError:
     """What to tell of a save that failed."""
+    if isinstance(failure, UserError):  # which says it already
+        return failure
     text = (" ".join(str(failure).split()) or type(failure).__name__)[:300]  # TensorStore says it at great length
     remedy = bucket.LOGIN if bucket.in_a_bucket(folder) else "make room there"
     return UserError(f"--workdir: no checkpoint could be written to {folder} ({text}): {remedy}")

@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 import tiny
+from etils import epath
 from played_bucket import played  # noqa: F401  the fixture `bucket`
 
 from convattn_jax import checkpoint, evaluate, events, plots, run
@@ -112,18 +113,31 @@ def test_a_bucket_that_is_not_there_or_cannot_be_reached_is_one_line(bucket, tmp
     with pytest.raises(UserError, match=r"--workdir=gs://other/run: there is no bucket gs://other: make it"):
         RunFolder("gs://other/run").check_writable()
     (tmp_path / "refused").touch()
-    with pytest.raises(UserError, match=rf"--workdir={RUN} cannot be reached \(Forbidden: no storage.*\): log in \("):
+    with pytest.raises(
+        UserError, match=rf"--workdir={RUN} cannot be reached \(Forbidden: no storage.*\): check the network, log in \("
+    ):
         RunFolder(RUN).check_writable()
     with pytest.raises(UserError, match=r"--workdir=ftp://b/run: buckets are gs:// or s3://"), reach("ftp://b/run"):
         pass
     with pytest.raises(UserError, match=r"needs a library: pip install 'convattn_jax\[gcs\]' \(no gcsfs\)"), reach(RUN):
         raise ImportError("no gcsfs")
-    with pytest.raises(UserError, match=r"cannot be reached \(Forbidden: by whom\): log in"), reach(RUN):
+    with (
+        pytest.raises(UserError, match=r"cannot be reached \(Forbidden: by whom\): check the network, log in"),
+        reach(RUN),
+    ):
         raise OSError("Forbidden:\nby whom")
     with pytest.raises(ZeroDivisionError), reach(RUN):  # a mistake of the program's own
         raise ZeroDivisionError
     with pytest.raises(OSError, match="on a disk"), reach("runs/local"):
         raise OSError("on a disk")
+
+
+def test_a_save_that_a_bucket_did_not_take_is_told_once():
+    said = UserError(f"--workdir={RUN} cannot be reached (no route): check the network")
+    assert checkpoint.unwritten(epath.Path(RUN), said) is said
+    assert str(checkpoint.unwritten(epath.Path(RUN), ValueError("PERMISSION_DENIED"))).startswith(
+        f"--workdir: no checkpoint could be written to {RUN} (PERMISSION_DENIED): check the network, log in"
+    )
 
 
 def reach(path):
