@@ -10,7 +10,7 @@ from etils import epath
 from convattn_jax.config import UserError, check
 
 SCHEMES = ("gs", "s3")  # that both the path layer and TensorStore, which writes the arrays of checkpoints, know
-LOGIN = "check the network, log in (gcloud auth application-default login), or let this machine's service account into the bucket"
+LOGIN = "check the network, log in (gcloud auth application-default login), or let the service account into the bucket"
 _LIBRARIES = ("gcsfs", "fsspec", "s3fs", "aiohttp", "google", "requests", "botocore", "tensorflow")
 
 
