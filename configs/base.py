@@ -2,7 +2,7 @@
 
 Sizes, chosen as `--config=configs/composite.py:SIZE`:
 
-- `tiny`: the embedded demonstration. Docstrings of installed packages, 3 layers of width 128, about 2 minutes on two
+- `tiny`: the embedded demonstration. Docstrings of installed packages, 3 layers of width 128, about 90 s on two
   CPU cores.
 - `small`: 12 layers of width 256 (the small model of ELECTRA), the paper's schedule, text files of your own.
 - `base`: BERT-base, the paper's schedule, text files of your own.
