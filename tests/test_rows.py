@@ -309,6 +309,14 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(config, prepare, monkeypatch
     assert folders(config) == []
 
 
+def test_a_worker_that_runs_the_script_again_ends_at_once(config, prepare, monkeypatch):
+    """As long as it imports the script it was started from; it would wait for a lock that its parent holds."""
+    monkeypatch.setattr(multiprocessing.current_process(), "_inheriting", True, raising=False)
+    with pytest.raises(UserError, match="begin the script with `if __name__ == '__main__':`"):
+        prepare(config)
+    assert not os.path.exists(config.cache_dir)
+
+
 def test_a_process_that_dies_is_named(config, prepare, monkeypatch):
     monkeypatch.setattr(parallel, "SERIAL", 0)
     with pytest.raises(UserError, match=r"data\.workers=2: a tokenizing process died"):

@@ -11,7 +11,7 @@ from collections.abc import Generator, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 
-from convattn_jax.config import UserError
+from convattn_jax.config import UserError, check
 from convattn_jax.data.corpus import Document, Split
 from convattn_jax.data.examples import Documents, token_dtype
 from convattn_jax.data.tokenizer import Tokenizer
@@ -35,6 +35,16 @@ class Result:
     split: Split
     documents: Documents
     characters: int
+
+
+def check_guarded() -> None:
+    """Ends a worker in which an unguarded script runs once more: it would wait for the cache that its parent makes.
+
+    Raises:
+      UserError: the process is one that `multiprocessing` has just spawned, still importing the script.
+    """
+    importing = getattr(multiprocessing.current_process(), "_inheriting", False)  # what the library asks itself, too
+    check(not importing, "data.workers: begin the script with `if __name__ == '__main__':`, or set data.workers=1")
 
 
 def tasks(split: Split, documents: Iterable[Document]) -> Iterator[Task]:
@@ -63,7 +73,12 @@ def tokenize(work: Iterable[Task], tokenizer: Tokenizer, workers: int) -> Genera
     if len(head) <= SERIAL or workers == 1:
         yield from (_tokenize(tokenizer, task) for task in itertools.chain(head, work))
         return
-    pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _start_worker, (tokenizer,))
+    context = multiprocessing.get_context("spawn")
+    # not as an argument: a process that ends at its start, before it has read all of those, leaves its parent writing
+    tokenizers = context.Queue()
+    for _ in range(workers):
+        tokenizers.put(tokenizer)
+    pool = ProcessPoolExecutor(workers, context, _start_worker, (tokenizers,))
     try:
         yield from _in_order(pool, itertools.chain(head, work), ahead=2 * workers)
     except BrokenProcessPool as error:
@@ -73,6 +88,8 @@ def tokenize(work: Iterable[Task], tokenizer: Tokenizer, workers: int) -> Genera
         ) from error
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
+        tokenizers.cancel_join_thread()
+        tokenizers.close()
 
 
 def _in_order(pool: ProcessPoolExecutor, work: Iterable[Task], ahead: int) -> Iterator[Result]:
@@ -101,9 +118,9 @@ def _tokenize(tokenizer: Tokenizer, task: Task) -> Result:
 _tokenizer: Tokenizer
 
 
-def _start_worker(tokenizer: Tokenizer) -> None:
+def _start_worker(tokenizers: "multiprocessing.Queue[Tokenizer]") -> None:
     global _tokenizer
-    _tokenizer = tokenizer
+    _tokenizer = tokenizers.get()
     for number in (signal.SIGINT, signal.SIGTERM):  # they reach all processes; the parent ends these
         signal.signal(number, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, daemon=True).start()

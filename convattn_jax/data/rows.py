@@ -55,6 +55,7 @@ def prepare(data: DataConfig, tokenizer: TokenizerConfig, batch_size: int, repor
     Raises:
       UserError: wrong text, tokenizer or cache, fewer train rows than one batch, or no held-out rows.
     """
+    parallel.check_guarded()
     shared.check_reached(data.cache_dir)
     cache_folder(data.cache_dir)
     given = Tokenizer.from_file(tokenizer.model, tokenizer.normalization) if tokenizer.model else None
