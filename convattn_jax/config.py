@@ -9,6 +9,7 @@ import dataclasses
 import difflib
 import inspect
 import pathlib
+import signal
 import types
 import typing
 from collections.abc import Iterable, Iterator, Mapping
@@ -20,6 +21,7 @@ from ml_collections import config_flags
 
 T = TypeVar("T")
 OPTIONS = ("workdir", "compile_cache", "coordinator", "processes", "process")  # beside --config and its keys
+BY_KEYBOARD = 128 + signal.SIGINT  # the exit status after Ctrl-C, as shells count
 Keys = Mapping[str, Any] | ml_collections.ConfigDict
 
 
@@ -28,7 +30,15 @@ class UserError(Exception):
 
 
 class Interrupted(KeyboardInterrupt):
-    """A run was asked to stop and did, with nothing lost; its text says how to go on."""
+    """A run was asked to stop and did, with nothing lost; its text says how to go on.
+
+    `status` is what the process ends with: 0 where a cluster asked for it (SIGTERM); `BY_KEYBOARD`, so that a shell
+    does not go on to what was to follow.
+    """
+
+    def __init__(self, text: str, status: int = 0):
+        super().__init__(text)
+        self.status = status
 
 
 def check(condition: bool, message: str) -> None:
@@ -73,9 +83,9 @@ def _convert(kind: Any, value: Any, where: str) -> Any:
     return value
 
 
-def _did_you_mean(word: str, known: Iterable[str]) -> str:
-    close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
-    return f" (did you mean {close[0]!r}?)" if close else ""
+def _did_you_mean(word: str, known: Iterable[str], cutoff: float = 0.5, shown: Mapping[str, str] | None = None) -> str:
+    close = difflib.get_close_matches(word, list(known), n=1, cutoff=cutoff)
+    return f" (did you mean {(shown or {}).get(close[0], close[0])!r}?)" if close else ""
 
 
 # --- flags ---
@@ -151,7 +161,9 @@ def run_file(option: str, spec: str, kind: type[T]) -> T:
     path_text, _, argument = spec.partition(":")
     path = pathlib.Path(path_text)
     if not path.is_file():
-        raise UserError(f"--{option}={path_text}: no such file{_files_there_are(option)}")
+        near = {file.stem: str(file) for file in _files(option)}
+        hint = _did_you_mean(path.stem, near, 0.7, near)
+        raise UserError(f"--{option}={path_text}: no such file{hint}{_files_there_are(option)}")
     module = types.ModuleType("_convattn_config")
     module.__file__ = str(path)
     name = f"get_{option}"
@@ -198,16 +210,25 @@ def _split(args: list[str]) -> tuple[str, list[str]]:
             value = value or "".join(args[i + 1 : i + taken])
             if value:
                 return value, args[:i] + args[i + taken :]
+    for name in (arg[2:].partition("=")[0] for arg in args if arg.startswith("--")):
+        hint = "" if name in OPTIONS else _did_you_mean(name, ("config",))
+        check(not hint or name == "config", f"--{name} is no option{hint}")
     raise UserError(f"--config=FILE is missing{_files_there_are('config')}")
 
 
 def _files_there_are(option: str) -> str:
+    files = _files(option)
+    return f"; there are: {', '.join(map(str, files))}" if files else ""
+
+
+def _files(option: str) -> list[pathlib.Path]:
+    """The configurations, or sweeps, here or else of this code."""
     roots = (pathlib.Path("configs"), pathlib.Path(__file__).resolve().parent.parent / "configs")
     for root in (root / "sweeps" if option == "sweep" else root for root in roots):
         files = sorted(p for p in root.glob("*.py") if p.stem not in ("__init__", "base"))
         if files:
-            return f"; there are: {', '.join(str(p) for p in files)}"
-    return ""
+            return files
+    return []
 
 
 def _joined(args: list[str], known: Mapping[str, Any]) -> Iterator[str]:

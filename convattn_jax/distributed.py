@@ -58,6 +58,19 @@ def start(cluster: Cluster, heartbeat_seconds: int = 100) -> None:
         raise UserError(f"{where}: this process could not join the others ({reason}): start all of them") from error
 
 
+def check_devices() -> None:
+    """Raises a `UserError` where JAX finds no device of the kind that it was told to use."""
+    try:
+        jax.devices()
+    except (AssertionError, RuntimeError) as error:  # the first is what it says of a plugin that isn't installed
+        kind = os.environ.get("JAX_PLATFORMS") or "(not set)"
+        reason = " ".join(str(error).split())[:200] or "it is not installed"
+        raise UserError(
+            f"JAX_PLATFORMS={kind}: JAX finds no such device ({reason}): install its part, such as pip install -e "
+            "'.[cuda]', or unset the variable"
+        ) from error
+
+
 def detected(environment: Mapping[str, str]) -> str | None:
     """The launcher that started several processes: slurm, ompi (Open MPI), tpu (Cloud TPU), k8s; else None."""
     slurm = ("SLURM_JOB_ID", "SLURM_STEP_NODELIST", "SLURM_NTASKS", "SLURM_PROCID", "SLURM_LOCALID")

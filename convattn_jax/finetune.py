@@ -65,20 +65,25 @@ def run(config: ml_collections.ConfigDict, workdir: str, console: Console | None
     tasks = [task for task in select(c.glue.tasks) if not task.predicted_by]
     check_positions(c.glue, tasks, pretrained.model.config)
     folder = RunFolder(workdir or default_workdir(config))
+    init_step = checkpoint.newest_whole(RunFolder(c.init_from).checkpoints)
     settings = to_plain(c) | {
         "model": pretrained.config["model"],
         "tokenizer": pretrained.tokenizer.digest,
-        "init_step": checkpoint.newest_whole(RunFolder(c.init_from).checkpoints),
+        "init_step": init_step,
     }
     for key in ("tasks", "together", "seeds", "save_seconds"):  # a later call may add to them
         settings["glue"].pop(key)
     with bucket.explained("--workdir", folder.path):
+        check_start(folder, c.init_from, init_step)
         folder.check_belongs(settings)
         folder.check_writable()
     text = from_config(DataConfig, pretrained.config["data"], "data.")
     data = {task.name: load_data(task, c.glue, pretrained.tokenizer, text) for task in tasks}  # before anything trains
     folder.path.mkdir(parents=True, exist_ok=True)
     with folder.lock(), console or Console() as console, contextlib.ExitStack() as closing:
+        steps = pretrained.config["train"]["steps"]
+        if init_step and init_step < steps:  # step 0 is of a run that was imported
+            console.message(f"{c.init_from} has not ended: step {init_step:,} of {steps:,} is the start")
         pretrained.tokenizer.save(str(folder.path))
         folder.write("config", settings)
         compilers = make_compilers()
@@ -101,6 +106,16 @@ def out_of_memory(c: GlueConfig) -> str:
     return (
         f"glue.together={c.together}: out of memory on {jax.devices()[0].device_kind}: set glue.together=1, or more "
         f"where it fits (seeds trained as one program; 0: as many as should fit), or lower glue.length={c.length}"
+    )
+
+
+def check_start(folder: RunFolder, init_from: str, step: int | None) -> None:
+    """Raises a `UserError` where the folder holds results of another step of the run to start from."""
+    before = (folder.read("config") or {}).get("init_step", step)
+    check(
+        before == step,
+        f"{folder.path} was fine-tuned from step {before} of {init_from}, which now stands at step {step}: choose "
+        "another --workdir, or delete that folder",
     )
 
 

@@ -8,39 +8,49 @@ import contextlib
 import os
 import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import jax
 from jax.experimental import multihost_utils
 
+from convattn_jax.config import BY_KEYBOARD
 
-@contextlib.contextmanager
-def deferred() -> Iterator[Callable[[int], bool]]:
-    """Makes SIGTERM and SIGINT wait within the block; yields `stop(step)`, to be asked once after every step.
 
-    It is True at the step where all processes are to stop. A second Ctrl-C interrupts at once. Signals reach the main
-    thread of Python only: in another one nothing is deferred.
-    """
-    several = jax.process_count() > 1
-    requested = False
+class Stop:
+    """What has been asked for by signals so far, and the exit status that goes with it."""
 
-    def note(number: int, _: object) -> None:
-        nonlocal requested
-        if requested and number == signal.SIGINT:
+    def __init__(self):
+        self._several = jax.process_count() > 1
+        self._requested = False
+        self.status = 0  # for `Interrupted`
+
+    def __call__(self, step: int) -> bool:
+        """Whether to stop, to be asked once after every step: True at the step where all processes are to."""
+        return multihost_utils.reached_preemption_sync_point(step) if self._several else self._requested
+
+    def note(self, number: int, _: object) -> None:
+        """Handles a signal."""
+        if self._requested and number == signal.SIGINT:
             raise KeyboardInterrupt
-        requested = True
-        if several:
+        self._requested = True
+        self.status = BY_KEYBOARD if number == signal.SIGINT else self.status
+        if self._several:
             os.kill(os.getpid(), signal.SIGTERM)  # the preemption service listens to this one
 
-    def stop(step: int) -> bool:
-        return multihost_utils.reached_preemption_sync_point(step) if several else requested
 
+@contextlib.contextmanager
+def deferred() -> Iterator[Stop]:
+    """Makes SIGTERM and SIGINT wait within the block.
+
+    A second Ctrl-C interrupts at once. Signals reach Python's main thread only: in another one nothing is deferred.
+    """
+    stop = Stop()
     if threading.current_thread() is not threading.main_thread():
         yield stop
         return
     # with several processes SIGTERM is the preemption service's: a handler of ours would make it deaf
-    numbers = (signal.SIGINT,) if several else (signal.SIGINT, signal.SIGTERM)
-    before = {number: signal.signal(number, note) for number in numbers}
+    numbers = (signal.SIGINT,) if jax.process_count() > 1 else (signal.SIGINT, signal.SIGTERM)
+    before = {number: signal.signal(number, stop.note) for number in numbers}
     try:
         yield stop
     finally:

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from convattn_jax import determinism
-from convattn_jax.config import Interrupted, UserError, check_choice, flatten, parse
+from convattn_jax.config import BY_KEYBOARD, Interrupted, UserError, check_choice, flatten, parse
 from convattn_jax.data import bucket
 
 TASKS = {"pretrain": "convattn_jax.pretrain", "finetune": "convattn_jax.finetune"}
@@ -53,6 +53,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             compiled.keep(command.compile_cache)
             watchdog: Any = command.config.get("watchdog") or {"killed_seconds": 100}  # fine-tuning is one process
             distributed.start(command.cluster, watchdog["killed_seconds"])
+            distributed.check_devices()
             with bucket.explained("--workdir", command.workdir):
                 module.run(command.config, command.workdir)
     except UserError as error:
@@ -64,10 +65,13 @@ def main(argv: Sequence[str] | None = None) -> None:
         sys.exit(
             _line(UserError(f"--workdir: {error.strerror}{where}: make room; the same command goes on from there"))
         )
-    except Interrupted as stopped:  # whole and resumable, as asked for: status 0
+    except Interrupted as stopped:  # whole and resumable, as asked for
         print(stopped, file=sys.stderr)
+        if stopped.status:
+            sys.exit(stopped.status)
     except KeyboardInterrupt:
-        sys.exit("interrupted: the same command resumes from the last checkpoint")
+        print("interrupted: the same command resumes from the last checkpoint", file=sys.stderr)
+        sys.exit(BY_KEYBOARD)
 
 
 @contextlib.contextmanager

@@ -31,8 +31,11 @@ from convattn_jax.console import Console, duration
 from convattn_jax.data import bucket, loader
 from convattn_jax.data.rows import Prepared, Rows, prepare, reopen
 from convattn_jax.data.tokenizer import Tokenizer
+from convattn_jax.kernels.operations import operations_by
 from convattn_jax.learned import learned_kernels, save_kernels
 from convattn_jax.masking import Vocabulary
+from convattn_jax.model.inputs import from_mask
+from convattn_jax.model.mlm import MaskedLM
 from convattn_jax.program import PretrainConfig, Program
 from convattn_jax.run import RunFolder
 from convattn_jax.taps import Kernel
@@ -51,6 +54,7 @@ def run(config: ml_collections.ConfigDict, workdir: str, console: Console | None
         c = from_config(PretrainConfig, config)
         folder = RunFolder(workdir)
         mesh = sharding.make_mesh(c.mesh)
+        check_kernels(c)
         check(
             not c.train.deterministic or jax.default_backend() != "gpu" or determinism.is_asked_for(),
             "train.deterministic: XLA must be told before it starts: call convattn_jax.determinism.ask_for(workdir) "
@@ -83,6 +87,14 @@ def run(config: ml_collections.ConfigDict, workdir: str, console: Console | None
                 folder.write("config", to_plain(c))  # last: what has a config.json is a run folder
             folder.adopt(to_plain(c), changes)
         return _Run(c, folder, prepared, mesh, console, account).complete()
+
+
+def check_kernels(c: PretrainConfig) -> None:
+    """Raises a `UserError` where `model.kernel` names what can't serve, before a folder is made: a trace finds out."""
+    if c.model.kernel != "auto":
+        model = MaskedLM(c.model, 32, operations_by(c.model.kernel))
+        ids = jax.ShapeDtypeStruct((1, c.data.length), jnp.int32)
+        jax.eval_shape(lambda key, ids: model.init(key, from_mask(ids)), jax.random.key(0), ids)
 
 
 def find_rows(c: PretrainConfig, folder: RunFolder, console: Console) -> Prepared:
@@ -155,7 +167,7 @@ class _Run:
             state = self._fit(saved, checkpoints, stop)
         self.account.charge("saving")
         if int(state.step) < steps:
-            raise Interrupted(f"stopped at step {int(state.step)}: the same command resumes from there")
+            raise Interrupted(f"stopped at step {int(state.step)}: the same command resumes from there", stop.status)
         return self._finish(state)
 
     def _out_of_memory(self) -> str:

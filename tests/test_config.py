@@ -149,7 +149,9 @@ def test_the_run_folder_is_named_after_the_configuration():
 COMMAND_LINES = [
     ([], ["--config=FILE is missing; there are: ", "composite.py", "no_positions.py"]),
     (["--config"], ["--config=FILE is missing"]),
+    (["--cofnig=composite.py"], ["--cofnig is no option (did you mean 'config'?)"]),
     (["--config=none.py"], ["--config=none.py: no such file; there are: ", "bert.py"]),
+    (["--config=config/composit.py"], ["--config=config/composit.py: no such file (did you mean ", "composite.py'?)"]),
     (["--config=" + COMPOSITE + ":huge"], ["size 'huge' is unknown; known: tiny, small, base"]),
     ([f"--config={COMPOSITE}", f"--config={COMPOSITE}"], ["--config stands there twice"]),
     ([f"--config={COMPOSITE}", "--config.model.raduis=4"], ["did you mean --config.model.radius?"]),

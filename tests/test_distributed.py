@@ -222,6 +222,18 @@ def test_a_process_that_reaches_nobody_says_so(monkeypatch):
         distributed.start(Cluster("a:1", 2, 0))
 
 
+@pytest.mark.parametrize("reason", [AssertionError(""), RuntimeError("Unable to initialize backend 'cuda':\n none")])
+def test_a_device_that_is_not_there_is_one_line(monkeypatch, reason):
+    def missing():
+        raise reason
+
+    monkeypatch.setattr(distributed.jax, "devices", missing)
+    monkeypatch.setenv("JAX_PLATFORMS", "cuda")
+    said = r"^JAX_PLATFORMS=cuda: JAX finds no such device \(.{9,}\): install .*, or unset"
+    with pytest.raises(UserError, match=said):
+        distributed.check_devices()
+
+
 def test_a_process_alone_joins_nobody(monkeypatch):
     monkeypatch.setattr(distributed, "detected", lambda environment: None)
     monkeypatch.setattr(distributed.jax.distributed, "initialize", lambda *_, **__: pytest.fail("joined"))

@@ -180,7 +180,7 @@ def test_seeds_that_are_stopped_or_killed_within_a_task_end_as_if_they_had_not_b
 
         def report_and_strike(step, losses, tokens):
             if step == strike:
-                os.kill(os.getpid(), signal.SIGTERM) if len(begun) == 1 else die()
+                os.kill(os.getpid(), signal.SIGINT) if len(begun) == 1 else die()
             report(step, losses, tokens)
 
         return train(self, state, keys, outputs, schedule, batches, report_and_strike, ends)
@@ -191,7 +191,9 @@ def test_seeds_that_are_stopped_or_killed_within_a_task_end_as_if_they_had_not_b
     monkeypatch.setattr(training.Trainer, "train", interrupted)
     args = [*PROBE, f"--workdir={folder}"]
     strike = 3
-    start(home, *args)
+    with pytest.raises(SystemExit) as ended:
+        start(home, *args)
+    assert ended.value.code == 130
     assert "word_order x 2 seeds stopped at step 3: the same command resumes" in capsys.readouterr().err
     strike = 6
     with pytest.raises(RuntimeError, match="killed"):
@@ -525,4 +527,14 @@ def test_a_folder_is_of_one_start_and_one_recipe(home, copy, capsys):
     change_json(copy / "config.json", init_step=1)
     with pytest.raises(SystemExit):
         start(home, *PROBE, f"--workdir={copy}")
-    assert "was made with init_step=1, not 0" in capsys.readouterr().err
+    said = f"copy was fine-tuned from step 1 of {home / 'run'}, which now stands at step 0: choose another --workdir"
+    assert said in capsys.readouterr().err
+
+
+def test_a_start_that_has_not_ended_is_told_of(home, tmp_path, no_training, capsys):
+    run = shutil.copytree(home / "run", tmp_path / "run")
+    model = inference.load_run(run)
+    checkpoint.save_params(run / "checkpoints", 2, model.params)
+    with pytest.raises(AssertionError, match="something was trained"):
+        main.main(["main", CONFIG, f"--config.init_from={run}", *PROBE])
+    assert f"{run} has not ended: step 2 of 6 is the start" in " ".join(capsys.readouterr().out.split())

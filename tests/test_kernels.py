@@ -109,6 +109,13 @@ def test_queries_that_see_nothing_give_zero_and_have_no_gradient():
     assert (np.abs(out[~blind]).max(axis=(1, 2)) > 0).all()
 
 
+def test_segments_of_one_side_only_are_refused():
+    rows, learned, _ = draw(8, taps=())
+    for side in ("query_segments", "key_segments"):
+        with pytest.raises(ValueError, match="query_segments and key_segments come together"):
+            composite_attention(rows, **learned, **{side: jnp.ones((B, 8), jnp.int32)}, interpret=True)
+
+
 def test_a_row_of_padding_only():
     rows, learned, g = draw(40)  # the program of the test above
     zeros = jnp.zeros((B, 40), jnp.int32)

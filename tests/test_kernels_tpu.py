@@ -118,6 +118,13 @@ def test_queries_that_see_nothing_give_zero_and_have_no_gradient():
             assert all((gradient == 0).all() for gradient in taps.values())
 
 
+def test_segments_of_one_side_only_are_refused():
+    qkv, learned, _ = draw(8, taps=())
+    for side in ("query_segments", "key_segments"):
+        with pytest.raises(ValueError, match="query_segments and key_segments come together"):
+            composite_attention(qkv, **learned, **{side: jnp.ones((B, 8), jnp.int32)}, interpret=INTERPRET)
+
+
 def test_each_slot_gets_one_element_of_the_scores_gradient_and_those_beyond_the_row_none():
     """dL/dscore, a slot and its partner at a time; nothing flows to slots whose partner isn't in [0, T)."""
     T, radius = 20, 3

@@ -88,6 +88,7 @@ ERRORS = {
     "layout": (["--config.data.layout=pears"], "data.layout='pears' is unknown (did you mean 'pairs'?)"),
     "source": (["--config.data.source=web"], "data.source='web' is unknown"),
     "kernel": (["--config.model.kernel=fast"], "model.kernel='fast' is unknown"),
+    "kernel of another device": (["--config.model.kernel=pallas_gpu"], "model.kernel=pallas_gpu can't serve this"),
     "dtype": (["--config.model.dtype=float61"], "model.dtype='float61' is unknown"),
     "mixer": (["--config.model.mixer=atention"], "model.mixer='atention' is unknown (did you mean 'attention'?)"),
     "clip": (["--config.optimizer.clip=0"], "optimizer.clip=0.0 must be positive"),
@@ -113,7 +114,8 @@ def test_a_run_folder_is_of_one_configuration_and_one_tokenizer(home, capsys, mo
     monkeypatch.setattr("convattn_jax.pretrain._Run.complete", stop)  # before anything is trained
     with pytest.raises(SystemExit) as stopped:
         main.main(["main", CONFIG, RUN])
-    assert "the same command resumes" in str(stopped.value.code)
+    assert stopped.value.code == 130
+    assert "the same command resumes" in capsys.readouterr().err
     assert error_of([CONFIG, RUN, "--config.model.radius=3"], capsys) == (
         "error: runs/test was made with model.radius=2, not 3: give that value, or another --workdir\n"
     )
@@ -129,6 +131,7 @@ def test_a_run_folder_is_of_one_configuration_and_one_tokenizer(home, capsys, mo
     (home / "other.py").write_text(other)
     with pytest.raises(SystemExit):
         main.main(["main", "--config=other.py", "--workdir=runs/other"])
+    capsys.readouterr()
     for name in ("tokenizer.model", "tokenizer.json"):
         (folder / name).write_bytes((home / "runs" / "other" / name).read_bytes())
     assert "tokenizer.model is not the tokenizer of this run: restore it" in error_of([CONFIG, RUN], capsys)

@@ -1,5 +1,6 @@
 """A whole run through the front door on a small text: what it leaves, and that no interruption changes it."""
 
+import contextlib
 import functools
 import json
 import os
@@ -160,9 +161,11 @@ def test_a_run_stopped_by_a_signal_saves_at_that_step_and_ends_like_one_never_in
             os.kill(os.getpid(), number)
         return batch(rows, seed, step, *rest)
 
-    for due, number in ((3, signal.SIGTERM), (8, signal.SIGINT)):
+    for due, number, status in ((3, signal.SIGTERM, 0), (8, signal.SIGINT, 130)):
         monkeypatch.setattr(loader, "batch", functools.partial(signalled, due, number))
-        start(home, stopped)  # and returns: status 0
+        with pytest.raises(SystemExit) if status else contextlib.nullcontext() as ended:
+            start(home, stopped)
+        assert ended is None or ended.value.code == status
         said = capsys.readouterr().err
         step = int(said.partition("stopped at step ")[2].partition(":")[0])
         assert due - 3 <= step <= due + 1  # batches are made ahead of their steps

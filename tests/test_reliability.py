@@ -13,7 +13,7 @@ BEGIN, END = "<!-- bad input: begin -->\n", "<!-- bad input: end -->\n"
 
 
 def bad_input() -> str:
-    """The table of the document: python -m tests.test_reliability writes it there."""
+    """The table of the document: python tests/test_reliability.py writes it there."""
     lines = ["| what is wrong | what is said, in one line |", "|---|---|"]
 
     def add(where, name, said):

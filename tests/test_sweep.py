@@ -194,6 +194,8 @@ if what == "fail":
     print("error: data.files: it is gone", flush=True); sys.exit(2)
 if what == "crash":
     import os; os.kill(os.getpid(), signal.SIGKILL)
+if what == "interrupted":
+    sys.exit(130)
 if what == "quit":
     sys.exit(0)
 if what == "wait":
@@ -267,6 +269,15 @@ def test_pre_training_is_done_again_where_a_later_stage_misses_its_checkpoint(pr
     (work / "a" / "checkpoints" / "3").rmdir()
     assert [stage.name for stage in pretend("a", "one").open_stages()] == []
     assert [stage.name for stage in pretend("a", "one", "two").open_stages()] == ["one", "two"]
+
+
+def test_a_stage_that_was_interrupted_ends_the_sweep(pretend, tmp_path, file, monkeypatch, capsys):
+    jobs = [pretend("a", "interrupted"), pretend("b", "never")]
+    monkeypatch.setattr(plan, "jobs", lambda *_: jobs)
+    assert command(file, f"--workdir={tmp_path / 'work'}") == 130
+    assert "interrupted: the same command goes on" in capsys.readouterr().err
+    assert status(tmp_path / "work", "a") == {"state": "stopped", "stage": "interrupted", "error": "", "seconds": 0.0}
+    assert (tmp_path / "work" / "calls").read_text().split() == ["a", "interrupted"]
 
 
 def test_sigterm_ends_the_stage_and_says_so(pretend, tmp_path):

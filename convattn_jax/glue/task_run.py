@@ -125,7 +125,7 @@ class TaskRun:
             self.account.charge("training")
         if int(state.step[0]) < steps:
             step = int(state.step[0])
-            raise Interrupted(f"{name} seeds stopped at step {step}: the same command resumes from there")
+            raise Interrupted(f"{name} seeds stopped at step {step}: the same command resumes from there", stop.status)
         outputs, pad = self.task.outputs, self.pretrained.tokenizer.pad
         logits = {
             split: self.trainer.predict(state.params, texts.rows, self.edges, EVALUATION_BATCH, pad)[..., :outputs]

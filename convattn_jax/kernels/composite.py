@@ -96,6 +96,8 @@ def prepare(
     reason = inputs.supports(length, length if k is None else k.shape[1], head_size, q.dtype)
     if reason:
         raise ValueError(f"composite_attention: {reason}")
+    if (query_segments is None) != (key_segments is None):
+        raise ValueError("composite_attention: query_segments and key_segments come together")
     query_radius = inputs.common_radius(length, fixed, dynamic_query)
     key_radius = inputs.common_radius(length, dynamic_key)
     spec = Spec(

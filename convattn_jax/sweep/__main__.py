@@ -5,7 +5,7 @@ import pathlib
 import sys
 from collections.abc import Sequence
 
-from convattn_jax.config import UserError, check, run_file
+from convattn_jax.config import BY_KEYBOARD, UserError, check, run_file
 from convattn_jax.data.bucket import in_a_bucket
 
 EPILOG = """\
@@ -13,7 +13,7 @@ EPILOG = """\
   --config.train.steps=6200                   any key of pre-training, for every run
   --finetune.glue.data_dir=glue               any key of fine-tuning, for every run
 The same command again goes on where it stopped. Exit status: 0 if all runs are done, 1 if some failed, 2 if an entry
-is invalid (then none was started).
+is invalid (then none was started), 130 after Ctrl-C.
 """
 
 
@@ -26,7 +26,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        sys.exit("interrupted: the same command goes on where it stopped")
+        print("interrupted: the same command goes on where it stopped", file=sys.stderr)
+        sys.exit(BY_KEYBOARD)
 
 
 def _run(args: argparse.Namespace, rest: Sequence[str]) -> int:

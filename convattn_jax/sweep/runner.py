@@ -14,11 +14,13 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from types import FrameType
 
+from convattn_jax.config import BY_KEYBOARD
 from convattn_jax.run import RunFolder
 from convattn_jax.sweep.board import Board
 from convattn_jax.sweep.plan import Job, Stage
 
 POLL = 0.5  # seconds
+INTERRUPTED = (BY_KEYBOARD, -signal.SIGINT)  # how a process ends after Ctrl-C
 GRACE = 120.0  # seconds that a stage has to save and end when the sweep is told to stop
 
 
@@ -41,6 +43,8 @@ def _run(job: Job, workdir: pathlib.Path, board: Board) -> bool:
         log = workdir / "logs" / f"{job.name}-{stage.name}.log"
         try:
             code = _launch(job, stage, log, board, began)
+            if code in INTERRUPTED and not stage.is_done():
+                raise KeyboardInterrupt
         except BaseException:
             folder.write(f"status/{job.name}", {**status, "state": "stopped", "stage": stage.name})
             board.show(job.name, state="stopped")

@@ -88,6 +88,8 @@ def prepare(
     reason = inputs.supports(length, k.shape[1], head_size, q.dtype)
     if reason:
         raise ValueError(f"composite_attention: {reason}")
+    if (query_segments is None) != (key_segments is None):
+        raise ValueError("composite_attention: query_segments and key_segments come together")
     edge = edge or choose_edge(length)
     padded = -(-length // edge) * edge
     query_radius = inputs.common_radius(length, fixed, dynamic_query)
