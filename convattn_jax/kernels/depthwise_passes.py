@@ -21,8 +21,10 @@ from convattn_jax.kernels.depthwise_program import (
     Row,
     Segments,
     Spec,
+    Weights,
     convolved,
     load_chunk,
+    load_rows,
     only,
 )
 
@@ -80,9 +82,11 @@ def _forward_kernel(at: Program, refs: Operands, segments: Segments, out_refs, s
     first = pl.program_id(0) * (walk.run // walk.chunk)
     last = jnp.minimum(first + walk.run // walk.chunk, spec.chunks)
 
-    def of_chunk(text: Array, number: Array) -> None:
-        chunk = load_chunk(at, refs.x, segments, text, number)
-        sums = convolved(at, refs, chunk)
+    weights = Weights.load(refs)
+
+    def of_chunk(text: Array, number: Array, before: list[Row]) -> list[Row]:
+        chunk = load_chunk(at, refs.x, segments, text, number, before)
+        sums = convolved(at, weights, chunk)
         for out_ref, slope_ref, activation, totals in zip(out_refs, slope_refs, spec.activations, sums, strict=True):
             for u, total in enumerate(totals):
                 value, slope = at.gelu(total) if activation else (total, total)
@@ -91,9 +95,11 @@ def _forward_kernel(at: Program, refs: Operands, segments: Segments, out_refs, s
                 at.store(out_ref, text, place, value, inside)
                 if slope_ref is not None:
                     at.store(slope_ref, text, place, slope, inside)
+        return chunk.window[walk.chunk :]
 
     def of_text(text: Array, carry: None) -> None:
-        lax.fori_loop(first, last, lambda number, carry: of_chunk(text, number), None)
+        before = load_rows(at, refs.x, text, first * walk.chunk - spec.reach, 2 * spec.reach)
+        lax.fori_loop(first, last, lambda number, before: of_chunk(text, number, before), before)
 
     lax.fori_loop(0, walk.texts, of_text, None)
 
@@ -145,19 +151,22 @@ def _backward_kernel(
     def keep(text: Array, place: Array, row: Row) -> None:
         at.store(d_x_ref, text, place, row, (begin <= place) & (place < end))
 
+    weights = Weights.load(refs)
+
     def of_chunk(text: Array, number: Array, carry):
-        rows, sums = carry
-        chunk = load_chunk(at, refs.x, segments, text, number)
+        before, rows, sums = carry
+        chunk = load_chunk(at, refs.x, segments, text, number, before)
         d_sums = [_d_sums(at, chunk, *refs) for refs in zip(d_out_refs, slope_refs, strict=True)]
         own = (own_first <= number) & (number < own_last) if spec.runs > 1 else None
-        rows, sums = _chunk_gradient(at, refs, chunk, d_sums, own, rows + [at.zero] * walk.chunk, sums)
+        rows, sums = _chunk_gradient(at, weights, chunk, d_sums, own, rows + [at.zero] * walk.chunk, sums)
         for u in range(walk.chunk):  # no later chunk reaches these
             keep(text, chunk.start - spec.reach + u, rows[u])
-        return rows[walk.chunk :], sums
+        return chunk.window[walk.chunk :], rows[walk.chunk :], sums
 
     def of_text(text: Array, sums):
-        carry = [at.zero] * (2 * spec.reach), sums
-        rows, sums = lax.fori_loop(first, last, lambda number, carry: of_chunk(text, number, carry), carry)
+        before = load_rows(at, refs.x, text, first * walk.chunk - spec.reach, 2 * spec.reach)
+        carry = before, [at.zero] * (2 * spec.reach), sums
+        _, rows, sums = lax.fori_loop(first, last, lambda number, carry: of_chunk(text, number, carry), carry)
         for step, row in enumerate(rows):
             keep(text, last * walk.chunk - spec.reach + step, row)
         return sums
@@ -181,7 +190,9 @@ def _d_sums(at: Program, chunk: Chunk, d_out_ref, slope_ref) -> list[Row]:
     return rows
 
 
-def _chunk_gradient(at: Program, refs: Operands, chunk: Chunk, d_sums: list[list[Row]], own: Array | None, rows, sums):
+def _chunk_gradient(
+    at: Program, weights: Weights, chunk: Chunk, d_sums: list[list[Row]], own: Array | None, rows, sums
+):
     """Adds a chunk's gradient to that of the rows it reaches and, if its run owns it, to the sums of taps and bias."""
     spec = at.spec
     sums = [
@@ -196,10 +207,10 @@ def _chunk_gradient(at: Program, refs: Operands, chunk: Chunk, d_sums: list[list
         seen = [only(s if own is None else s & own, row) for s, row in zip(same, chunk.window, strict=True)]
         to_rows: list[list[tuple[Row, Row]]] = [[] for _ in rows]
         new_sums = []
-        for radius, taps, d_sum, (*totals, bias) in zip(spec.radii, refs.taps, d_sums, sums, strict=True):
+        for radius, taps, d_sum, (*totals, bias) in zip(spec.radii, weights.taps, d_sums, sums, strict=True):
             mine = [only(query == segment, row) for query, row in zip(chunk.queries, d_sum, strict=True)]
             for tap in range(2 * radius + 1):
-                first, weight = spec.reach - radius + tap, taps[tap, :]
+                first, weight = spec.reach - radius + tap, taps[tap]
                 totals[tap] = at.add_products(totals[tap], list(zip(seen[first:], mine, strict=False)))
                 for u, row in enumerate(mine):
                     to_rows[first + u].append((weight, row))

@@ -158,6 +158,19 @@ def only(condition: Array, row: Row) -> Row:
     return jnp.where(condition, row, jnp.zeros_like(row))
 
 
+class Weights(NamedTuple):
+    """Taps and biases of every convolution, in registers for the whole walk."""
+
+    taps: list[list[Row]]
+    biases: list[Row]
+
+    @staticmethod
+    def load(refs: Operands) -> "Weights":
+        """Those of the program's channels."""
+        taps = [[ref[tap, :] for tap in range(ref.shape[0])] for ref in refs.taps]
+        return Weights(taps, [ref[0, :] for ref in refs.biases])
+
+
 class Chunk(NamedTuple):
     """The rows of a chunk's positions and of `reach` more on either side, and whose they are."""
 
@@ -174,36 +187,40 @@ class Chunk(NamedTuple):
         return self.distinct[self.text, self.start + g]
 
 
-def load_chunk(at: Program, x_ref, segments: Segments, text: Array, number: Array) -> Chunk:
-    """The chunk of that number."""
+def load_rows(at: Program, x_ref, text: Array, first: Array, count: int) -> list[Row]:
+    """Rows of x from a position on; beyond the ends, any row there is."""
+    places = [jnp.clip(first + step, 0, at.spec.length - 1) for step in range(count)]
+    return [at.load(x_ref, text, place) for place in places]
+
+
+def load_chunk(at: Program, x_ref, segments: Segments, text: Array, number: Array, before: list[Row]) -> Chunk:
+    """The chunk of that number; `before`: the 2 `reach` rows that its window shares with the previous one's."""
     spec, size = at.spec, at.spec.walk.chunk
-    start, steps = number * size, range(size + 2 * spec.reach)
-    places = [jnp.clip(start + step - spec.reach, 0, spec.length - 1) for step in steps]
+    start = number * size
     return Chunk(
         text,
         start,
-        window=[at.load(x_ref, text, place) for place in places],
-        keys=[segments.keys[text, start + step] for step in steps],
+        window=before + load_rows(at, x_ref, text, start + spec.reach, size),
+        keys=[segments.keys[text, start + step] for step in range(size + 2 * spec.reach)],
         queries=[segments.queries[text, start + step] for step in range(size)],
         distinct=segments.distinct,
         several=segments.counts[text, number],
     )
 
 
-def convolved(at: Program, refs: Operands, chunk: Chunk) -> list[list[Row]]:
+def convolved(at: Program, weights: Weights, chunk: Chunk) -> list[list[Row]]:
     """For each convolution, its value at each position of the chunk, the bias included."""
     spec, size = at.spec, at.spec.walk.chunk
-    biases = [bias[0, :] for bias in refs.biases]
 
     def of_segment(g: Array, sums: list[list[Row]]) -> list[list[Row]]:
         segment = chunk.segment(g)
         seen = [only(key == segment, row) for key, row in zip(chunk.keys, chunk.window, strict=True)]
         mine = [query == segment for query in chunk.queries]
         results = []
-        for radius, taps, bias, before in zip(spec.radii, refs.taps, biases, sums, strict=True):
-            rows, weights = seen[spec.reach - radius :], [taps[tap, :] for tap in range(2 * radius + 1)]
-            totals = [at.add_products(bias, list(zip(rows[u:], weights, strict=False))) for u in range(size)]
+        for radius, taps, bias, before in zip(spec.radii, *weights, sums, strict=True):
+            rows = seen[spec.reach - radius :]
+            totals = [at.add_products(bias, list(zip(rows[u:], taps, strict=False))) for u in range(size)]
             results.append([jnp.where(m, new, old) for m, new, old in zip(mine, totals, before, strict=True)])
         return results
 
-    return lax.fori_loop(0, chunk.several, of_segment, [[bias] * size for bias in biases])
+    return lax.fori_loop(0, chunk.several, of_segment, [[bias] * size for bias in weights.biases])
