@@ -20,7 +20,7 @@ import jax
 import orbax.checkpoint as ocp
 from etils import epath
 
-from convattn_jax import distributed
+from convattn_jax import distributed, full_disk
 from convattn_jax.config import UserError, check
 from convattn_jax.console import human
 from convattn_jax.data import bucket
@@ -161,7 +161,8 @@ def unwritten(folder: epath.Path, failure: BaseException) -> UserError:
     """What to tell of a save that failed."""
     if isinstance(failure, UserError):  # which says it already
         return failure
-    text = (" ".join(str(failure).split()) or type(failure).__name__)[:300]  # TensorStore says it at great length
+    said = " ".join(str(failure).split()) or type(failure).__name__
+    text = full_disk.reason(failure) or said[:300]  # TensorStore says it at great length
     remedy = bucket.LOGIN if bucket.in_a_bucket(folder) else "make room there"
     return UserError(f"--workdir: no checkpoint could be written to {folder} ({text}): {remedy}")
 

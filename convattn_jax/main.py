@@ -1,7 +1,6 @@
 """python -m convattn_jax.main --config=configs/composite.py: flags -> configuration -> the task; nothing else."""
 
 import contextlib
-import errno
 import importlib
 import os
 import signal
@@ -10,12 +9,11 @@ import threading
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from convattn_jax import determinism
+from convattn_jax import determinism, full_disk
 from convattn_jax.config import BY_KEYBOARD, Interrupted, UserError, check_choice, flatten, parse
 from convattn_jax.data import bucket
 
 TASKS = {"pretrain": "convattn_jax.pretrain", "finetune": "convattn_jax.finetune"}
-FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 HELP = """usage: python -m convattn_jax.main --config=FILE[:SIZE] [--workdir=DIR] [--config.KEY=VALUE ...]
 
   --config=configs/composite.py         what to train; SIZE is tiny (default), small, base or large
@@ -40,6 +38,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(HELP, end="")
         return
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    full_disk.tell_once()
     try:
         with _terminated():
             command = parse(argv)
@@ -59,12 +58,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     except UserError as error:
         sys.exit(_line(error))
     except OSError as error:
-        if error.errno not in FULL:
+        reason = full_disk.reason(error)
+        if reason is None:
             raise
         where = f" ({error.filename})" if error.filename else ""
-        sys.exit(
-            _line(UserError(f"--workdir: {error.strerror}{where}: make room; the same command goes on from there"))
-        )
+        sys.exit(_line(UserError(f"--workdir: {reason}{where}: make room; the same command goes on from there")))
     except Interrupted as stopped:  # whole and resumable, as asked for
         print(stopped, file=sys.stderr)
         if stopped.status:

@@ -180,6 +180,20 @@ def test_a_run_stopped_by_a_signal_saves_at_that_step_and_ends_like_one_never_in
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
 
 
+def test_a_disk_that_fills_up_is_one_line_and_the_run_goes_on_when_there_is_room(home, copy, run):
+    shutil.rmtree(copy / "checkpoints" / str(STEPS))
+    (copy / "summary.json").unlink()
+    args = [f"--config={home / 'config.py'}", f"--workdir={copy}"]
+    limited = ["sh", "-c", 'ulimit -f 48; exec "$@"', "sh"]  # no file grows beyond 24 KiB: parts of a state do
+    environment = os.environ | {"PYTHONPATH": str(pathlib.Path(tiny.__file__).parent.parent)}
+    command = [*limited, sys.executable, "-m", "convattn_jax.main", *args]
+    ended = subprocess.run(command, capture_output=True, text=True, env=environment)
+    said = f"error: --workdir: no checkpoint could be written to {copy}/checkpoints (File too large): make room there\n"
+    assert (ended.returncode, ended.stderr) == (2, said)
+    start(home, copy)
+    assert_same_run(copy, run)
+
+
 def test_a_run_that_diverges_says_where_and_goes_on_with_a_lower_rate(home, tmp_path, capsys):
     args = ["main", f"--config={home / 'config.py'}", f"--workdir={tmp_path / 'run'}", "--config.train.steps=6"]
     with pytest.raises(SystemExit) as stopped:
