@@ -139,22 +139,27 @@ class Checkpoints:
             _remove(path)
         return newest_whole(self._folder, report)
 
-    def check_room(self, like: TrainState) -> None:
-        """Raises a `UserError` where the disk can't hold the checkpoints that a run keeps, the best and the next."""
-        if bucket.in_a_bucket(self._folder):
-            return
-        self._folder.mkdir(parents=True, exist_ok=True)
-        size = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(like))
-        taken = sum(path.stat().st_size for path in pathlib.Path(self._folder).rglob("*") if path.is_file())
-        needed, free = (self._keep + 2) * size - taken, shutil.disk_usage(self._folder).free
-        check(
-            free >= needed,
-            f"--workdir: {self._folder} has room for {human(free)}B, and {self._keep + 2} checkpoints of "
-            f"{human(size)}B need {human(needed)}B more: make room there, lower checkpoint.keep, or choose another",
-        )
-
     def _path(self, step: int) -> epath.Path:
         return bucket.absolute(self._folder / str(step))  # Orbax takes no other
+
+
+def check_room(folder: epath.Path, keep: int, like: TrainState) -> None:
+    """Raises a `UserError` where the disk can't hold the checkpoints that a run keeps, the best and the next.
+
+    The folder need not be there yet.
+    """
+    if bucket.in_a_bucket(folder):
+        return
+    local = pathlib.Path(folder).absolute()
+    size = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(like))
+    taken = sum(path.stat().st_size for path in local.rglob("*") if path.is_file())
+    there = next(path for path in (local, *local.parents) if path.exists())
+    needed, free = (keep + 2) * size - taken, shutil.disk_usage(there).free
+    check(
+        free >= needed,
+        f"--workdir: {folder} has room for {human(free)}B, and {keep + 2} checkpoints of {human(size)}B need "
+        f"{human(needed)}B more: make room there, lower checkpoint.keep, or choose another",
+    )
 
 
 def unwritten(folder: epath.Path, failure: BaseException) -> UserError:
@@ -184,18 +189,32 @@ def save_params(folder: epath.PathLike, step: int, params: Any) -> None:
         raise unwritten(path, error) from error
 
 
-def load_params(folder: epath.PathLike, like: Any, step: int | None = None) -> Any:
-    """The parameters alone, of a step or of the newest whole checkpoint.
+def newest_params(folder: epath.PathLike, like: Any) -> tuple[int, Any]:
+    """The newest whole checkpoint's step and parameters.
 
     Raises:
       UserError: there is no whole checkpoint in the folder.
     """
-    folder = epath.Path(folder)
-    step = newest_whole(folder) if step is None else step
-    if step is None or damage(folder / str(step)):
+    step = newest_whole(folder)
+    if step is None:
         raise UserError(f"{folder} holds no whole checkpoint: has the run saved one yet?")
+    return step, _params(epath.Path(folder) / str(step), like)
+
+
+def load_params(folder: epath.PathLike, like: Any, step: int) -> Any:
+    """The parameters alone of a step.
+
+    Raises:
+      UserError: its checkpoint is not whole.
+    """
+    path = epath.Path(folder) / str(step)
+    check(damage(path) is None, f"{folder} holds no whole checkpoint of step {step}: has the run saved it yet?")
+    return _params(path, like)
+
+
+def _params(path: epath.Path, like: Any) -> Any:
     with ocp.StandardCheckpointer() as orbax:
-        return orbax.restore(bucket.absolute(folder / str(step) / "params"), like)
+        return orbax.restore(bucket.absolute(path / "params"), like)
 
 
 def steps_of(folder: epath.Path) -> list[int]:

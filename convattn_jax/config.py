@@ -5,6 +5,7 @@ a value. Whatever is wrong with what a user typed is a `UserError`: one line wit
 """
 
 import collections
+import contextlib
 import dataclasses
 import difflib
 import inspect
@@ -22,6 +23,7 @@ from ml_collections import config_flags
 T = TypeVar("T")
 OPTIONS = ("workdir", "compile_cache", "coordinator", "processes", "process")  # beside --config and its keys
 BY_KEYBOARD = 128 + signal.SIGINT  # the exit status after Ctrl-C, as shells count
+_KINDS = {int: "a whole number", float: "a number", bool: "True or False"}
 Keys = Mapping[str, Any] | ml_collections.ConfigDict
 
 
@@ -51,7 +53,7 @@ def check_choice(field: str, value: str, known: Iterable[str]) -> None:
     """Raises a `UserError` that lists the known names unless `value` is one of them."""
     known = tuple(known)
     if value not in known:
-        raise UserError(f"{field}={value!r} is unknown{_did_you_mean(value, known)}; known: {', '.join(known)}")
+        raise UserError(f"{field}={value!r} is unknown{did_you_mean(value, known)}; known: {', '.join(known)}")
 
 
 def from_config(cls: type[T], values: Keys, where: str = "") -> T:
@@ -63,7 +65,7 @@ def from_config(cls: type[T], values: Keys, where: str = "") -> T:
     hints = typing.get_type_hints(cls)
     names = [field.name for field in dataclasses.fields(cls)]  # pyright: ignore[reportArgumentType]
     for key in values:
-        check(key in names, f"{where}{key} is unknown{_did_you_mean(key, names)}; known: {', '.join(names)}")
+        check(key in names, f"{where}{key} is unknown{did_you_mean(key, names)}; known: {', '.join(names)}")
     missing = [name for name in names if name not in values]
     check(not missing, f"{where}{', '.join(missing)} missing: the configuration must set it (see configs/base.py)")
     return cls(**{name: _convert(hints[name], values[name], where + name) for name in names})
@@ -83,7 +85,8 @@ def _convert(kind: Any, value: Any, where: str) -> Any:
     return value
 
 
-def _did_you_mean(word: str, known: Iterable[str], cutoff: float = 0.5, shown: Mapping[str, str] | None = None) -> str:
+def did_you_mean(word: str, known: Iterable[str], cutoff: float = 0.5, shown: Mapping[str, str] | None = None) -> str:
+    """' (did you mean ...?)' with the known word, or what is `shown` for it, that resembles one; '' where none does."""
     close = difflib.get_close_matches(word, list(known), n=1, cutoff=cutoff)
     return f" (did you mean {(shown or {}).get(close[0], close[0])!r}?)" if close else ""
 
@@ -119,6 +122,7 @@ class Command:
     workdir: str
     cluster: Cluster = Cluster()
     compile_cache: str | None = None  # None: where it is by default
+    given: frozenset[str] = frozenset()  # the keys whose values are not those of the file
 
 
 def parse(argv: list[str], default_root: str = "runs") -> Command:
@@ -129,7 +133,8 @@ def parse(argv: list[str], default_root: str = "runs") -> Command:
     """
     spec, overrides = _split(argv[1:])
     config = load_config_file(spec)
-    known = {f"config.{key}": value for key, value in flatten(config).items()}
+    before = flatten(config)
+    known = {f"config.{key}": value for key, value in before.items()}
     argv = [argv[0], *(_checked(arg, known) for arg in _joined(overrides, known))]
 
     values = flags.FlagValues()
@@ -148,7 +153,8 @@ def parse(argv: list[str], default_root: str = "runs") -> Command:
     default = f"{default_root}/{config.name}" if config.name else ""  # a task without a name says where itself
     cluster = Cluster(*(typing.cast(Any, values[name].value) for name in ("coordinator", "processes", "process")))
     compile_cache = typing.cast(str | None, values["compile_cache"].value)
-    return Command(config, str(values["workdir"].value or "") or default, cluster, compile_cache)
+    given = frozenset(key for key, value in flatten(config).items() if value != before.get(key))
+    return Command(config, str(values["workdir"].value or "") or default, cluster, compile_cache, given)
 
 
 def load_config_file(spec: str) -> ml_collections.ConfigDict:
@@ -162,7 +168,7 @@ def run_file(option: str, spec: str, kind: type[T]) -> T:
     path = pathlib.Path(path_text)
     if not path.is_file():
         near = {file.stem: str(file) for file in _files(option)}
-        hint = _did_you_mean(path.stem, near, 0.7, near)
+        hint = did_you_mean(path.stem, near, 0.7, near)
         raise UserError(f"--{option}={path_text}: no such file{hint}{_files_there_are(option)}")
     module = types.ModuleType("_convattn_config")
     module.__file__ = str(path)
@@ -211,7 +217,7 @@ def _split(args: list[str]) -> tuple[str, list[str]]:
             if value:
                 return value, args[:i] + args[i + taken :]
     for name in (arg[2:].partition("=")[0] for arg in args if arg.startswith("--")):
-        hint = "" if name in OPTIONS else _did_you_mean(name, ("config",))
+        hint = "" if name in OPTIONS else did_you_mean(name, ("config",))
         check(not hint or name == "config", f"--{name} is no option{hint}")
     raise UserError(f"--config=FILE is missing{_files_there_are('config')}")
 
@@ -247,11 +253,36 @@ def _checked(arg: str, known: Mapping[str, Any]) -> str:
         raise UserError(f"--{name} is no key of the configuration{_meant(name, known)}")
     check(name != "config" or not arg.startswith("-"), "--config stands there twice: give one")
     if arg.startswith("-") and not name.startswith("config.") and name not in OPTIONS:
-        hint = _did_you_mean(name, ("config", *OPTIONS)) or _meant(f"config.{name}", known)
+        hint = did_you_mean(name, ("config", *OPTIONS)) or _meant(f"config.{name}", known)
         raise UserError(f"--{name} is no option{hint}")
+    if name in known:
+        _check_value(name, value if equals else None, known[name])
     if equals and isinstance(known.get(name), tuple) and not value.startswith("("):
         return f"--{name}={tuple(part for part in value.split(',') if part)!r}"
     return arg
+
+
+def _check_value(name: str, value: str | None, default: Any) -> None:
+    """Raises a `UserError` where the text is no number or truth value and the key's default is one."""
+    kind = type(default)
+    if kind not in _KINDS or (value is None and kind is bool):
+        return
+    example = default
+    with contextlib.suppress(ValueError, OverflowError):
+        if kind is int and float(value or "").is_integer():
+            example = int(float(value or ""))
+    check(bool(value), f"--{name} has no value: write --{name}={example}")
+    check(_reads(kind, value or ""), f"--{name}={value} must be {_KINDS[kind]}: write --{name}={example}")
+
+
+def _reads(kind: type, value: str) -> bool:
+    if kind is bool:
+        return value.lower() in ("true", "t", "1", "false", "f", "0")
+    try:
+        int(value, 16 if value.lower().startswith(("0x", "-0x")) else 10) if kind is int else float(value)
+    except ValueError:
+        return False
+    return True
 
 
 def _meant(name: str, known: Iterable[str]) -> str:

@@ -6,7 +6,6 @@
 sentence. They are all that a report needs, so a run's checkpoints need not travel with it.
 """
 
-import argparse
 import dataclasses
 import hashlib
 import io
@@ -20,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
-from convattn_jax import compiled, train
+from convattn_jax import arguments, compiled, train
 from convattn_jax.config import UserError, check, from_config
 from convattn_jax.data import corpus
 from convattn_jax.data.config import DataConfig
@@ -145,6 +144,9 @@ def evaluate(path: epath.PathLike, wanted: Wanted) -> None:
     if not (todo.lengths or todo.sentences):
         return
     run = load_run(path)
+    steps = run.config["train"]["steps"]
+    if 0 < run.step < steps:  # step 0 is of a run that was imported
+        print(f"{path} has not ended: step {run.step:,} of {steps:,} is evaluated", file=sys.stderr)
     for length in todo.lengths:
         found = at_length(run, length)
         folder.write(f"{FOLDER}/{length_file(path, length).stem}", found)
@@ -156,19 +158,18 @@ def evaluate(path: epath.PathLike, wanted: Wanted) -> None:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Evaluates a run; what the user can mend is one line on stderr and exit status 2."""
-    parser = argparse.ArgumentParser("python -m convattn_jax.evaluate", description=DESCRIPTION)
+    parser = arguments.Parser("convattn_jax.evaluate", description=DESCRIPTION)
     parser.add_argument("--run", required=True, help="a pre-training run folder")
     parser.add_argument("--lengths", default="", help="tokens a row, with commas between them")
     parser.add_argument("--sentence", action="append", default=[], help="whose attention is kept; may be repeated")
     parser.add_argument("--compile_cache", metavar="DIR", help="of compiled programs, as of convattn_jax.main")
-    args = parser.parse_args(argv)
     try:
-        lengths = tuple(int(text) for text in args.lengths.split(",") if text)
-    except ValueError:
-        parser.error(f"--lengths={args.lengths} must be whole numbers with commas between them, such as 128,512")
-    try:
-        wanted = Wanted(lengths, tuple(args.sentence))
-        check(bool(lengths or args.sentence), "nothing to evaluate: give --lengths=128,512 or --sentence='...'")
+        args = parser.parse_args(argv)
+        parts = [text for text in args.lengths.split(",") if text]
+        numbers = all(text.isdecimal() for text in parts)
+        check(numbers, f"--lengths={args.lengths} must be whole numbers with commas between them, such as 128,512")
+        wanted = Wanted(tuple(map(int, parts)), tuple(args.sentence))
+        check(bool(parts or args.sentence), "nothing to evaluate: give --lengths=128,512 or --sentence='...'")
         compiled.keep(args.compile_cache)
         evaluate(args.run, wanted)
     except UserError as error:

@@ -16,7 +16,7 @@ import ml_collections
 import numpy as np
 from etils import epath
 
-from convattn_jax import checkpoint, memory
+from convattn_jax import memory
 from convattn_jax.account import KINDS, Account
 from convattn_jax.config import UserError, check, check_choice, from_config, to_plain
 from convattn_jax.console import Console, duration
@@ -29,7 +29,7 @@ from convattn_jax.glue.data import load_data
 from convattn_jax.glue.task_run import EVALUATION_BATCH, TaskRun, classifier_of, edges_to
 from convattn_jax.glue.tasks import OUTPUTS, TASKS, Task, recipe, select
 from convattn_jax.glue.training import Trainer, make_compilers
-from convattn_jax.inference import Pretrained, load_run
+from convattn_jax.inference import Pretrained, check_pretraining, load_run
 from convattn_jax.model.config import ModelConfig
 from convattn_jax.run import RunFolder
 
@@ -65,16 +65,15 @@ def run(config: ml_collections.ConfigDict, workdir: str, console: Console | None
     tasks = [task for task in select(c.glue.tasks) if not task.predicted_by]
     check_positions(c.glue, tasks, pretrained.model.config)
     folder = RunFolder(workdir or default_workdir(config))
-    init_step = checkpoint.newest_whole(RunFolder(c.init_from).checkpoints)
     settings = to_plain(c) | {
         "model": pretrained.config["model"],
         "tokenizer": pretrained.tokenizer.digest,
-        "init_step": init_step,
+        "init_step": pretrained.step,
     }
     for key in ("tasks", "together", "seeds", "save_seconds"):  # a later call may add to them
         settings["glue"].pop(key)
     with bucket.explained("--workdir", folder.path):
-        check_start(folder, c.init_from, init_step)
+        check_start(folder, c.init_from, pretrained.step)
         folder.check_belongs(settings)
         folder.check_writable()
     text = from_config(DataConfig, pretrained.config["data"], "data.")
@@ -82,8 +81,8 @@ def run(config: ml_collections.ConfigDict, workdir: str, console: Console | None
     folder.path.mkdir(parents=True, exist_ok=True)
     with folder.lock(), console or Console() as console, contextlib.ExitStack() as closing:
         steps = pretrained.config["train"]["steps"]
-        if init_step and init_step < steps:  # step 0 is of a run that was imported
-            console.message(f"{c.init_from} has not ended: step {init_step:,} of {steps:,} is the start")
+        if 0 < pretrained.step < steps:  # step 0 is of a run that was imported
+            console.message(f"{c.init_from} has not ended: step {pretrained.step:,} of {steps:,} is the start")
         pretrained.tokenizer.save(str(folder.path))
         folder.write("config", settings)
         compilers = make_compilers()
@@ -109,7 +108,7 @@ def out_of_memory(c: GlueConfig) -> str:
     )
 
 
-def check_start(folder: RunFolder, init_from: str, step: int | None) -> None:
+def check_start(folder: RunFolder, init_from: str, step: int) -> None:
     """Raises a `UserError` where the folder holds results of another step of the run to start from."""
     before = (folder.read("config") or {}).get("init_step", step)
     check(
@@ -128,8 +127,8 @@ def load_pretrained(path: str) -> Pretrained:
     folder = RunFolder(path)
     try:
         with bucket.explained("run folder", path):
-            config, began = folder.read("config"), folder.started_with()
-        check(config is None or config.get("task") == "pretrain", f"{path} is no pre-training run")
+            check_pretraining(path, folder.read("config"))
+            began = folder.started_with()
         check(
             began is None or Tokenizer.load(str(folder.path)).digest == began["tokenizer"],
             f"{path}/tokenizer.model is not the tokenizer that its checkpoints were trained with: restore it",

@@ -27,6 +27,7 @@ class Pretrained(NamedTuple):
     model: MaskedLM
     params: Any
     config: dict[str, Any]
+    step: int = 0  # that the parameters are of
 
 
 def load_run(path: epath.PathLike) -> Pretrained:
@@ -36,13 +37,27 @@ def load_run(path: epath.PathLike) -> Pretrained:
       UserError: the path is no run folder, or holds no whole checkpoint.
     """
     folder = RunFolder(path)
-    config = folder.read("config")
-    if config is None:
-        raise UserError(f"{path} is no run folder (it has no config.json): train one with convattn_jax.main")
+    config = check_pretraining(path, folder.read("config"))
     tokenizer = Tokenizer.load(str(folder.path))
     model = MaskedLM(from_config(ModelConfig, config["model"], "model."), tokenizer.size)
     shapes = jax.eval_shape(model.initial_params, jax.random.key(0))
-    return Pretrained(tokenizer, model, checkpoint.load_params(folder.checkpoints, shapes), config)
+    step, params = checkpoint.newest_params(folder.checkpoints, shapes)
+    return Pretrained(tokenizer, model, params, config, step)
+
+
+def check_pretraining(path: epath.PathLike, config: dict[str, Any] | None) -> dict[str, Any]:
+    """What a run folder's config.json holds.
+
+    Raises:
+      UserError: there is none, or it is a fine-tuning's.
+    """
+    if config is None:
+        raise UserError(f"{path} is no run folder (it has no config.json): train one with convattn_jax.main")
+    source = config.get("init_from")
+    check(
+        config.get("task") != "finetune", f"{path} is a fine-tuning folder, made from {source}: name that run instead"
+    )
+    return config
 
 
 def load_encoder(path: epath.PathLike, batch_size: int = 32) -> Callable[[str | Sequence[str]], np.ndarray]:
@@ -57,6 +72,7 @@ def load_encoder(path: epath.PathLike, batch_size: int = 32) -> Callable[[str | 
 
     def encoder(sentences: str | Sequence[str]) -> np.ndarray:
         texts = [sentences] if isinstance(sentences, str) else list(sentences)
+        check(all(isinstance(text, str) for text in texts), f"sentences={sentences!r} must be strings")
         rows = _rows(run, run.tokenizer.encode(texts))
         vectors = [
             np.asarray(encode(run.params, *_pad(run, rows[start : start + batch_size])))[: len(rows) - start]
@@ -81,6 +97,7 @@ def fill_mask(path: epath.PathLike, text: str, top: int = 5) -> list[Guess] | li
     Raises:
       UserError: the text has no [MASK].
     """
+    check(isinstance(text, str), f"text={text!r} must be a string with {MASK} in it")
     run = load_run(path)
     parts = text.split(MASK)
     check(len(parts) > 1, f"text={text!r} has no {MASK}: put one where a word is to be guessed")
@@ -117,6 +134,7 @@ class AttentionMaps(NamedTuple):
 
 def attention_maps(run: epath.PathLike | Pretrained, text: str, longest: int | None = None) -> AttentionMaps:
     """The attention of every layer and head on a text, [CLS] and [SEP] around it, cut to `longest` tokens in all."""
+    check(isinstance(text, str), f"text={text!r} must be a string")
     run = run if isinstance(run, Pretrained) else load_run(run)
     [row] = _rows(run, run.tokenizer.encode([text]), longest)
     ids, mask = _pad(run, [row])

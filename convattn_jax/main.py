@@ -6,11 +6,12 @@ import os
 import signal
 import sys
 import threading
+import typing
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 from convattn_jax import determinism, full_disk
-from convattn_jax.config import BY_KEYBOARD, Interrupted, UserError, check_choice, flatten, parse
+from convattn_jax.config import BY_KEYBOARD, Command, Interrupted, UserError, check_choice, flatten, from_config, parse
 from convattn_jax.data import bucket
 
 TASKS = {"pretrain": "convattn_jax.pretrain", "finetune": "convattn_jax.finetune"}
@@ -54,6 +55,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             distributed.start(command.cluster, watchdog["killed_seconds"])
             distributed.check_devices()
             with bucket.explained("--workdir", command.workdir):
+                if task == "pretrain":
+                    _check_effect(command)
                 module.run(command.config, command.workdir)
     except UserError as error:
         sys.exit(_line(error))
@@ -70,6 +73,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     except KeyboardInterrupt:
         print("interrupted: the same command resumes from the last checkpoint", file=sys.stderr)
         sys.exit(BY_KEYBOARD)
+
+
+def _check_effect(command: Command) -> None:
+    from convattn_jax.effect import check_effect
+    from convattn_jax.model.config import ModelConfig
+    from convattn_jax.run import RunFolder
+
+    if RunFolder(command.workdir).read("config") is None:  # what has begun goes on as it began
+        check_effect(from_config(ModelConfig, typing.cast(Any, command.config.model), "model."), command.given)
 
 
 @contextlib.contextmanager

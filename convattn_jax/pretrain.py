@@ -11,7 +11,6 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 from jax import Array
-from jax.sharding import Mesh
 
 from convattn_jax import (
     checkpoint,
@@ -73,6 +72,8 @@ def run(config: ml_collections.ConfigDict, workdir: str, console: Console | None
                 prepared = find_rows(c, folder, console) if first else None
         with distributed.together():
             prepared = prepared or find_rows(c, folder, console)
+            program = Program(c, Vocabulary.of(prepared.tokenizer), prepared.counts, mesh)
+            checkpoint.check_room(folder.checkpoints, c.checkpoint.keep, program.like)
             folder.path.mkdir(parents=True, exist_ok=True)
             if c.train.deterministic:
                 (folder.path / determinism.FOLDER).mkdir(exist_ok=True)
@@ -86,7 +87,7 @@ def run(config: ml_collections.ConfigDict, workdir: str, console: Console | None
                 folder.write("data", {"fingerprint": prepared.fingerprint, "tokenizer": prepared.tokenizer.digest})
                 folder.write("config", to_plain(c))  # last: what has a config.json is a run folder
             folder.adopt(to_plain(c), changes)
-        return _Run(c, folder, prepared, mesh, console, account).complete()
+        return _Run(c, folder, prepared, program, console, account).complete()
 
 
 def check_kernels(c: PretrainConfig) -> None:
@@ -130,13 +131,12 @@ class _Run:
         c: PretrainConfig,
         folder: RunFolder,
         prepared: Prepared,
-        mesh: Mesh,
+        program: Program,
         console: Console,
         account: Account,
     ):
-        self.c, self.folder, self.prepared, self.mesh, self.console = c, folder, prepared, mesh, console
-        self.account = account
-        self.program = Program(c, Vocabulary.of(prepared.tokenizer), prepared.counts, mesh)
+        self.c, self.folder, self.prepared, self.program, self.console = c, folder, prepared, program, console
+        self.account, self.mesh = account, program.mesh
 
     def complete(self) -> dict[str, Any]:
         """From whatever state the folder is in to the finished run."""
@@ -147,8 +147,6 @@ class _Run:
             contextlib.closing(checkpoint.Checkpoints(self.folder.checkpoints, self.c.checkpoint.keep)) as checkpoints,
         ):
             saved = checkpoints.restore(self.program.like, self.console.message)
-            with distributed.together():
-                checkpoints.check_room(self.program.like)
             if saved is None:
                 saved = checkpoint.Saved(self.program.init(jax.random.key(self.c.seed)), {})
             elif int(saved.state.step) < steps:

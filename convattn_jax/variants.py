@@ -1,6 +1,5 @@
 """python -m convattn_jax.variants: the table of all variants in configs/, put together from the model's own tables."""
 
-import argparse
 import collections
 import dataclasses
 import importlib
@@ -20,6 +19,7 @@ from rich.text import Text
 
 import configs
 from configs import base
+from convattn_jax import arguments
 from convattn_jax.config import UserError, from_config
 from convattn_jax.kernels.choice import IMPLEMENTATIONS, Call
 from convattn_jax.model.branches import BRANCHES
@@ -205,14 +205,15 @@ def names() -> str:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Prints the table; what the user can mend is one line on stderr and exit status 2."""
-    parser = argparse.ArgumentParser("python -m convattn_jax.variants", description=__doc__)
+    parser = arguments.Parser("convattn_jax.variants", description=__doc__)
     parser.add_argument("--format", choices=("table", "markdown"), default="table", help="for a terminal or for a page")
     parser.add_argument("--size", choices=base.SIZES, default="base", help="the model whose parameters are counted")
-    args = parser.parse_args(argv)
     try:
+        args = parser.parse_args(argv)
         rows = variants(args.size)
     except UserError as error:
-        parser.error(str(error))
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
     config: Any = base.get_config(args.size)
     legend = LEGEND.format(baseline=BASELINE, layers=config.model.layers, width=config.model.width)
     legend += "\n" + names()

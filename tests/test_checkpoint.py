@@ -17,7 +17,15 @@ import pytest
 from etils import epath
 
 from convattn_jax import checkpoint
-from convattn_jax.checkpoint import CheckpointConfig, Checkpoints, damage, load_params, newest_whole, steps_of
+from convattn_jax.checkpoint import (
+    CheckpointConfig,
+    Checkpoints,
+    damage,
+    load_params,
+    newest_params,
+    newest_whole,
+    steps_of,
+)
 from convattn_jax.config import UserError
 from convattn_jax.train import TrainState
 
@@ -219,19 +227,17 @@ def test_a_failed_save_is_told_without_waiting_for_the_next(folder):
 
 
 def test_room_is_checked_before_it_is_needed(folder, monkeypatch):
-    checkpoints = Checkpoints(folder, keep=2)
     size = sum(leaf.nbytes for leaf in jax.tree.leaves(state(1)))
     taken = sum(path.stat().st_size for path in files(folder))
     for free, enough in ((4 * size - taken, True), (4 * size - taken - 1, False)):
         monkeypatch.setattr(shutil, "disk_usage", lambda path, free=free: types.SimpleNamespace(free=free))
         if enough:
-            checkpoints.check_room(like())
+            checkpoint.check_room(folder, 2, like())
         else:
             with pytest.raises(
                 UserError, match=r"4 checkpoints of .*B need .*B more: make room there, lower checkpoint"
             ):
-                checkpoints.check_room(like())
-    checkpoints.close()
+                checkpoint.check_room(folder, 2, like())
 
 
 def test_saving_clears_away_what_a_killed_process_left_and_nothing_else(folder):
@@ -242,11 +248,16 @@ def test_saving_clears_away_what_a_killed_process_left_and_nothing_else(folder):
 
 
 def test_parameters_alone_are_read_from_the_newest_whole_checkpoint(folder):
-    assert_same(load_params(folder, like().params), state(2).params)
+    def assert_newest(step):
+        found, params = newest_params(folder, like().params)
+        assert found == step
+        assert_same(params, state(step).params)
+
+    assert_newest(2)
     assert_same(load_params(folder, like().params, step=1), state(1).params)
     flip_bit(data_file(folder))
-    assert_same(load_params(folder, like().params), state(1).params)
-    with pytest.raises(UserError, match="holds no whole checkpoint"):
+    assert_newest(1)
+    with pytest.raises(UserError, match="holds no whole checkpoint of step 2"):
         load_params(folder, like().params, step=2)
 
 

@@ -269,12 +269,18 @@ def test_zst_without_zstandard_names_the_extra(config, folder, monkeypatch):
 
 def test_a_corpus_without_text_or_with_an_empty_split_is_an_error(config, folder):
     (folder / "a.txt").write_text(" \n\n \n")
-    fails(config, "data.files: there is no text in it")
+    fails(config, f"data.files: there is no text in {folder}/*")
     (folder / "a.txt").write_text("a single document")
     fails(config, "data.heldout_fraction=0.5 leaves no ", "document")
     (folder / "b.txt").write_text("\n")
-    fails(with_files(config, folder / "a.txt", heldout=[folder / "b.txt"]), "data.heldout_files: there is no text")
-    fails(with_files(config, folder / "b.txt", heldout=[folder / "a.txt"]), "data.files: there is no text")
+    fails(
+        with_files(config, folder / "a.txt", heldout=[folder / "b.txt"]),
+        f"data.heldout_files: there is no text in {folder}/b.txt",
+    )
+    fails(
+        with_files(config, folder / "b.txt", heldout=[folder / "a.txt"]),
+        f"data.files: there is no text in {folder}/b.txt",
+    )
 
 
 def test_an_unwritable_cache_folder_is_named(config, folder):

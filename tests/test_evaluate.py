@@ -130,6 +130,14 @@ def test_what_is_there_is_not_computed_again(trained, tmp_path, monkeypatch, cap
     assert len(loaded) == 2
 
 
+def test_an_unfinished_run_is_evaluated_and_called_so(trained, tmp_path, monkeypatch, capsys):
+    for step, said in ((0, ""), (2, f"{tmp_path} has not ended: step 2 of 6 is evaluated\n"), (6, "")):
+        run = trained()._replace(step=step)
+        monkeypatch.setattr(evaluate, "load_run", lambda path, run=run: run)
+        evaluate.main([f"--run={tmp_path}", f"--sentence=the cat {step}"])
+        assert capsys.readouterr().err == said
+
+
 @pytest.mark.parametrize(
     ("args", "said"),
     [
@@ -143,5 +151,7 @@ def test_what_cannot_be_evaluated_is_one_line(args, said, tmp_path, capsys):
     with pytest.raises(SystemExit) as ended:
         evaluate.main([f"--run={tmp_path / 'run'}", *args])
     assert ended.value.code == 2
-    assert said in capsys.readouterr().err
+    written = capsys.readouterr().err
+    assert said in written
+    assert written.count("\n") == 1
     assert not pathlib.Path(tmp_path / "run").exists()

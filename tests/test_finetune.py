@@ -452,6 +452,15 @@ def few_positions(bad):
     checkpoint.save_params(bad / "run" / "checkpoints", 0, jax.jit(model.initial_params)(jax.random.key(0)))
 
 
+def finetuned(bad):
+    (bad / "run-glue").mkdir()
+    (bad / "run-glue" / "config.json").write_text('{"task": "finetune", "init_from": "run"}')
+
+
+def lost_tokenizer(bad):
+    (bad / "run" / "tokenizer.model").unlink()
+
+
 def no_dev(bad):
     (bad / "glue" / "RTE" / "dev.tsv").unlink()
 
@@ -474,6 +483,12 @@ ERRORS = {
     "no start": (unchanged, ["--config.init_from="], "init_from is empty: name a pre-training run"),
     "not there": (unchanged, ["--config.init_from=nowhere"], "init_from: nowhere is no run folder"),
     "empty": (unchanged, ["--config.init_from=empty"], "init_from: empty is no run folder"),
+    "fine-tuning": (
+        finetuned,
+        ["--config.init_from=run-glue"],
+        "init_from: run-glue is a fine-tuning folder, made from run: name that run",
+    ),
+    "lost tokenizer": (lost_tokenizer, [], "init_from: run/tokenizer.model is lost: restore it"),
     "no checkpoint": (no_checkpoints, [], "init_from: run/checkpoints holds no whole checkpoint"),
     "foreign tokenizer": (other_tokenizer, [], "init_from: run/tokenizer.model is not the tokenizer that its check"),
     "torn tokenizer": (torn_tokenizer, [], "init_from: run/tokenizer.json: belongs to another model"),

@@ -2,6 +2,8 @@
 
 import contextlib
 import dataclasses
+import inspect
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -41,6 +43,29 @@ def home(tmp_path_factory):
 @pytest.fixture(scope="module")
 def run(home):
     return home / "run"
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda run: inspect.unwrap(fill_mask)(run, None),  # beneath the checks of types that only tests have
+        lambda run: inspect.unwrap(load_encoder(run))(["a cat", None]),
+        lambda run: inspect.unwrap(attention_maps)(run, ["a cat"]),
+    ],
+)
+def test_what_is_no_text_is_named(run, call):
+    with pytest.raises(UserError, match=r"^(text|sentences)=.* must be "):
+        call(run)
+
+
+def test_a_folder_of_another_kind_or_without_its_tokenizer_is_named(run, tmp_path):
+    (tmp_path / "config.json").write_text('{"task": "finetune", "init_from": "runs/first"}')
+    with pytest.raises(UserError, match=r"is a fine-tuning folder, made from runs/first: name that run instead$"):
+        fill_mask(tmp_path, "a [MASK]")
+    copy = shutil.copytree(run, tmp_path / "copy")
+    (copy / "tokenizer.model").unlink()
+    with pytest.raises(UserError, match=r"copy/tokenizer.model is lost: restore it from a copy"):
+        load_encoder(copy)
 
 
 def test_attention_maps_are_those_of_the_model_without_padding(run):

@@ -2,8 +2,10 @@
 
 import os
 import pathlib
+import shutil
 import subprocess
 import sys
+import types
 
 import pytest
 import tiny
@@ -49,6 +51,14 @@ ERRORS = {
         "model.scores='fixd' is unknown (did you mean 'fixed'?)",
     ),
     "unknown positions": (["--config.model.positions=absolut"], "model.positions='absolut' is unknown"),
+    "radius without taps": (
+        ["--config.model.scores=content", "--config.model.radius=4"],
+        "model.radius has no effect on this model: leave it out, or choose a term, branch or mixer with taps",
+    ),
+    "radius of a linear value": (
+        ["--config.model.value.radius=4"],
+        "model.value.radius has no effect on this model: leave it out, or choose model.value.kind=separable or grouped",
+    ),
     "heads": (["--config.model.heads=3"], "model.heads=3 does not divide model.width=16: choose a divisor"),
     "radius": (["--config.model.radius=0"], "model.radius=0 must be at least 1"),
     "dropout": (["--config.model.dropout=1.0"], "model.dropout=1.0 must lie in [0, 1)"),
@@ -67,7 +77,7 @@ ERRORS = {
     "seed": (["--config.seed=-1"], "seed=-1 must lie in [0, 2**32)"),
     "mesh": (["--config.mesh.tensor=7"], "mesh.tensor=7"),
     "no text": (["--config.data.files="], "data.files is empty: name your text"),
-    "empty corpus": (["--config.data.files=empty.txt"], "data.files: there is no text in it"),
+    "empty corpus": (["--config.data.files=empty.txt"], "data.files: there is no text in empty.txt"),
     "missing file": (["--config.data.files=none.txt"], "data.files: none.txt is not there"),
     "unreadable file": (["--config.data.files=runs.txt"], "data.files: runs.txt is a folder: name its files"),
     "invalid UTF-8": (["--config.data.files=latin.txt"], "latin.txt is not UTF-8 in line 1"),
@@ -103,6 +113,13 @@ def test_an_error_is_one_line_and_leaves_nothing(home, capsys, name):
     assert message in error_of([CONFIG, *([] if "--workdir" in args[0] else [RUN]), *args], capsys)
     assert contents(home) == before
     assert not list(home.glob("cache/*.partial-*"))
+
+
+def test_a_disk_without_room_for_the_checkpoints_is_one_line_and_leaves_nothing(home, capsys, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: types.SimpleNamespace(free=1000))
+    before = contents(home)
+    assert "runs/test/checkpoints has room for 1.00kB, and 4 checkpoints" in error_of([CONFIG, RUN], capsys)
+    assert contents(home) == before
 
 
 def test_a_run_folder_is_of_one_configuration_and_one_tokenizer(home, capsys, monkeypatch):

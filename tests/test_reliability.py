@@ -3,6 +3,7 @@
 import pathlib
 import re
 
+import test_arguments
 import test_checkpoint
 import test_config
 import test_finetune
@@ -22,6 +23,8 @@ def bad_input() -> str:
     for args, said in test_config.COMMAND_LINES:
         shown = " ".join(args).replace(test_config.COMPOSITE, "FILE")
         add("command line", f"`{shown}`" if shown else "nothing", "; ".join(f"`{part}`" for part in said))
+    for name, args, said in test_arguments.ERRORS:
+        add(name, f"`{' '.join(args)}`" if args else "nothing", f"`{said}`")
     for source, said in test_config.CONFIGURATION_FILES:
         add("configuration file", f"`{source}`", f"`{said}`")
     for where, table in (("pre-training", test_main.ERRORS), ("fine-tuning", test_finetune.ERRORS)):

@@ -63,6 +63,13 @@ def test_a_stage_is_the_command_with_the_changes_of_sweep_variant_and_command_li
     assert "python -m convattn_jax.main --config=" in plan.as_text(job)
 
 
+def test_a_key_for_all_variants_goes_to_those_that_make_use_of_it(config, tmp_path):
+    sweep = sweep_of(config, {"model.scores": ("content",)}, {}, changes={"model.value.radius": 3})
+    jobs = plan.jobs(sweep, tmp_path / "w", Options(config={"model.radius": "4"}))
+    given = [[arg for arg in job.stages[0].args if "radius" in arg] for job in jobs]
+    assert given == [[], ["--config.model.radius=4"]]
+
+
 def test_a_stage_is_done_when_all_that_it_leaves_is_there(config, tmp_path, monkeypatch):
     tasks = {"glue.tasks": ("word_order", "distance"), "glue.seeds": 2, "glue.length": 16}
     finetuning = Finetuning("probes", str(ROOT / "configs" / "glue.py"), tasks)
@@ -109,6 +116,7 @@ def test_a_stage_is_done_when_all_that_it_leaves_is_there(config, tmp_path, monk
     [
         ({"model.radios": 3}, "v1-0: --config.model.radios is no key"),
         ({"model.radius": 0}, "v1-0: model.radius=0 must be at least 1"),
+        ({"model.scores": ("content",), "model.radius": 3}, "v1-0: model.radius has no effect on this model"),
         ({"data.files": ("nowhere.txt",)}, "v1-0: data.files: nowhere.txt is not there"),
         ({"data.fraction": 0.0}, "v1-0: data.fraction=0.0 must lie above 0"),
     ],

@@ -45,10 +45,11 @@ def open_corpus(config: DataConfig, report: Report = silent) -> Corpus:
     corpus = SOURCES[config.source](config, report)
     field = _FIELDS[config.source]
     train, heldout = (_has_text(corpus, split) for split in ("train", "heldout"))
-    check(train or heldout, f"{field}: there is no text in it")
+    where = ", ".join(config.files) if config.source == "text" else "it"
+    check(train or heldout, f"{field}: there is no text in {where}")
     own_files = config.source == "text" and bool(config.heldout_files)
-    check(train or not own_files, "data.files: there is no text in it; only data.heldout_files has some")
-    check(heldout or not own_files, "data.heldout_files: there is no text in it")
+    check(train or not own_files, f"data.files: there is no text in {where}; only data.heldout_files has some")
+    check(heldout or not own_files, f"data.heldout_files: there is no text in {', '.join(config.heldout_files)}")
     for found, name in ((train, "training"), (heldout, "held-out")):
         check(
             found,

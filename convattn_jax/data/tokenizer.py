@@ -130,7 +130,9 @@ class Tokenizer:
             normalization, digest = meta["normalization"], meta["digest"]
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise UserError(f"{meta_path}: is missing or no tokenizer description; restore it from a copy") from error
-        tokenizer = cls.from_file(meta_path.with_name(MODEL_FILE), normalization)
+        model_path = meta_path.with_name(MODEL_FILE)
+        check(model_path.exists(), f"{model_path} is lost: restore it from a copy of the run folder")
+        tokenizer = cls.from_file(model_path, normalization)
         check(
             tokenizer.digest == digest,
             f"{meta_path}: belongs to another model than the {MODEL_FILE} beside it; restore the two from one copy",

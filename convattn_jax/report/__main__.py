@@ -5,6 +5,7 @@ import pathlib
 import sys
 from collections.abc import Sequence
 
+from convattn_jax.arguments import Parser
 from convattn_jax.config import UserError
 
 EXAMPLES = """\
@@ -16,8 +17,8 @@ EXAMPLES = """\
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Writes report.html and report.md; what the user can mend is one line on stderr and exit status 2."""
-    parser = argparse.ArgumentParser(
-        "python -m convattn_jax.report",
+    parser = Parser(
+        "convattn_jax.report",
         description=__doc__,
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -26,8 +27,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--baseline", default="", help="the variant that the others are compared with")
     parser.add_argument("--sentence", default="", help="whose attention maps are drawn")
     parser.add_argument("--out", default="", help="where the two files go")
-    args = parser.parse_args(argv)
     try:
+        args = parser.parse_args(argv)
         for path in write(args.paths, args.baseline, args.sentence, args.out):
             print(path)
     except UserError as error:

@@ -5,6 +5,7 @@ import pathlib
 import sys
 from collections.abc import Sequence
 
+from convattn_jax.arguments import Parser
 from convattn_jax.config import BY_KEYBOARD, UserError, check, run_file
 from convattn_jax.data.bucket import in_a_bucket
 
@@ -19,8 +20,8 @@ is invalid (then none was started), 130 after Ctrl-C.
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Runs a sweep, or prints its commands."""
-    args, rest = _parser().parse_known_args(argv)
     try:
+        args, rest = _parser().parse_known_args(argv)
         sys.exit(_run(args, rest))
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -66,12 +67,11 @@ def _run(args: argparse.Namespace, rest: Sequence[str]) -> int:
     return 1 if failed else 0
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        "python -m convattn_jax.sweep",
+def _parser() -> Parser:
+    parser = Parser(
+        "convattn_jax.sweep",
         description=__doc__,
         epilog=EPILOG,
-        allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--sweep", required=True, metavar="FILE[:SIZE]", help="the table of runs")

@@ -10,6 +10,7 @@ from ml_collections import ConfigDict
 
 from convattn_jax.config import UserError, check, from_config, parse, to_plain
 from convattn_jax.data import textfiles
+from convattn_jax.effect import check_effect, without_effect
 from convattn_jax.evaluate import Wanted
 from convattn_jax.finetune import FinetuneConfig, check_positions
 from convattn_jax.glue import tsv
@@ -100,9 +101,14 @@ def _check_free(given: Mapping[str, str], option: str, taken: Sequence[Changes])
 def _job(sweep: Sweep, variant: Variant, seed: int, workdir: pathlib.Path, options: Options) -> Job:
     folder = workdir / f"{variant.name}-{seed}"
     try:
-        changes = {**sweep.changes, **variant.changes, "name": folder.name, "seed": seed}
-        args, config = _command(variant.config, folder, {**changes, **options.config})
+        changes = {**sweep.changes, **variant.changes, "name": folder.name, "seed": seed, **options.config}
+        args, config = _command(variant.config, folder, changes)
         c = from_config(PretrainConfig, config)
+        check_effect(c.model, variant.changes)
+        idle = without_effect(c.model, changes)  # said of all variants, meant for those that make use of it
+        if idle:
+            args, config = _command(variant.config, folder, {k: v for k, v in changes.items() if k not in idle})
+            c = from_config(PretrainConfig, config)
         RunFolder(folder).check_belongs(to_plain(c))
         if c.data.source == "text":
             textfiles.find(c.data.files, "data.files")
