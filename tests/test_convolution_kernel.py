@@ -21,6 +21,8 @@ from convattn_jax.model.self_attention import SelfAttention
 WHOLE = Walk(channels=8, warps=4, chunk=4, run=16, texts=2)  # a text in one run
 RUNS = Walk(channels=8, warps=4, chunk=2, run=4, texts=1)  # several, each computing its neighbours' gradient
 
+WIDE = Walk(channels=8, warps=4, chunk=8, run=16, texts=1)
+
 
 def draw(T, D=8, radii=(1, 2), activations=(True, False), seed=0, dtype="float32"):
     """x, kernels, gradients of the outputs, two texts with segments: packed ones, and padding that sees the text."""
@@ -75,8 +77,9 @@ def assert_close(ours, exact, tolerance):
         (11, 12, (1, 2), (True, False), RUNS, RUNS),  # no block divides length or channels
         (8, 8, (2, 2, 1), (True, True, True), WHOLE, WHOLE),
         (3, 8, (5,), (True,), RUNS, RUNS),  # radius beyond the length
+        (40, 8, (16,), (True,), WIDE, WIDE),
     ],
-    ids=["runs", "whole texts", "beyond the length"],
+    ids=["runs", "whole texts", "beyond the length", "windows of more rows than a word has bits"],
 )
 def test_values_and_gradients_are_those_of_the_plain_form(T, D, radii, activations, forward, backward):
     case = draw(T, D, radii, activations)

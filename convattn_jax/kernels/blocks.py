@@ -40,7 +40,7 @@ LONG = {
     (4, 64): Blocks(Tile(32, 32, 4, 1), Tile(32, 32, 4, 1), Tile(32, 32, 4, 1)),
     (4, 128): Blocks(Tile(32, 32, 4, 1), Tile(32, 32, 4, 1), Tile(32, 32, 4, 1)),
 }
-# 65 to 128 tokens, bfloat16, head size up to 64, with taps: the fastest too; a single backward pass takes 1.25 times both
+# 65 to 128 tokens, bfloat16, head size up to 64, with taps: the fastest too (one backward pass takes 1.25 times both)
 SHORT_WITH_TAPS = Blocks(Tile(64, 128, 4, 1), Tile(64, 128, 4, 1), Tile(16, 128, 4, 3))
 
 

@@ -13,12 +13,11 @@ from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
-from jax import Array
-from jaxtyping import Float, Int
+from jax import Array, lax
+from jaxtyping import Bool, Float, Int
 
 from convattn_jax.kernels import depthwise_passes
 from convattn_jax.kernels.depthwise_program import Operands, Segments, Spec, Walk
-from convattn_jax.kernels.inputs import NO_KEY, NO_QUERY
 from convattn_jax.model.convolution import Kernel
 
 MAX_TAPS, MAX_RADIUS = 64, 16  # what a thread's registers hold
@@ -107,18 +106,27 @@ _convolutions.defvjp(_forward, _backward)
 def segments_of(spec: Spec, query_segments: Int[Array, "B T"], key_segments: Int[Array, "B T"]) -> Segments:
     """What a pass reads of the segments."""
     batch, length = query_segments.shape
-    size, chunks = spec.walk.chunk, spec.chunks
+    size, chunks, rows = spec.walk.chunk, spec.chunks, spec.walk.chunk + 2 * spec.reach
     more = chunks * size - length
-    queries = jnp.where(query_segments == 0, NO_QUERY, query_segments).astype(jnp.int32)
-    queries = jnp.pad(queries, ((0, 0), (0, more)), constant_values=NO_QUERY)
-    keys = jnp.where(key_segments == 0, NO_KEY, key_segments).astype(jnp.int32)
-    keys = jnp.pad(keys, ((0, 0), (spec.reach, more + spec.reach)), constant_values=NO_KEY)
+    queries = jnp.pad(query_segments, ((0, 0), (0, more))).reshape(batch, chunks, size)
+    keys = jnp.pad(key_segments, ((0, 0), (spec.reach, more + spec.reach)))
+    windows = jnp.stack([keys[:, row : row + chunks * size : size] for row in range(rows)], axis=-1)
 
-    grouped = queries.reshape(batch, chunks, size)
     earlier = jnp.tril(jnp.ones((size, size), bool), -1)
-    repeated = jnp.any((grouped[..., :, None] == grouped[..., None, :]) & earlier, axis=-1)
-    new = (grouped != NO_QUERY) & ~repeated
+    repeated = jnp.any((queries[..., :, None] == queries[..., None, :]) & earlier, axis=-1)
+    new = (queries != 0) & ~repeated
     place = jnp.cumsum(new, axis=-1) - 1
     hot = new[..., :, None] & (place[..., :, None] == jnp.arange(size))
-    distinct = jnp.sum(jnp.where(hot, grouped[..., :, None], 0), axis=-2)
-    return Segments(queries, keys, distinct.reshape(batch, -1), jnp.sum(new, axis=-1, dtype=jnp.int32))
+    distinct = jnp.sum(jnp.where(hot, queries[..., :, None], 0), axis=-2)[..., None]  # 0 for none
+
+    def words(members: Bool[Array, "B N U R"]) -> Int[Array, "B X"]:
+        """A bit for each of R, the lowest first."""
+        count = members.shape[-1]
+        members = jnp.pad(members, (*[(0, 0)] * 3, (0, -count % 32)))
+        members = members.reshape(*members.shape[:3], -1, 32).astype(jnp.uint32)
+        words = jnp.sum(members << jnp.arange(32, dtype=jnp.uint32), axis=-1, dtype=jnp.uint32)
+        return lax.bitcast_convert_type(words, jnp.int32).reshape(batch, -1)
+
+    sees = (windows[..., None, :] == distinct) & (distinct != 0)
+    owns = (queries[..., None, :] == distinct) & (distinct != 0)
+    return Segments(words(sees), words(owns), jnp.sum(new, axis=-1, dtype=jnp.int32))

@@ -15,6 +15,7 @@ from jax.experimental.pallas import triton as plgpu
 
 from convattn_jax.kernels import tile
 from convattn_jax.kernels.depthwise_program import (
+    Ahead,
     Chunk,
     Operands,
     Program,
@@ -23,9 +24,8 @@ from convattn_jax.kernels.depthwise_program import (
     Spec,
     Weights,
     convolved,
-    load_chunk,
-    load_rows,
     only,
+    raw_rows,
 )
 
 
@@ -77,6 +77,13 @@ def forward(
     )
 
 
+def start_reading(at: Program, x_ref, segments: Segments, text: Array, first: Array) -> tuple[list[Row], Ahead]:
+    """What the first chunk of a walk finds read."""
+    spec = at.spec
+    before = raw_rows(at, x_ref, text, first * spec.walk.chunk - spec.reach, 2 * spec.reach)
+    return [row.astype(jnp.float32) for row in before], Ahead.load(at, x_ref, segments, text, first)
+
+
 def _forward_kernel(at: Program, refs: Operands, segments: Segments, out_refs, slope_refs) -> None:
     spec, walk = at.spec, at.spec.walk
     first = pl.program_id(0) * (walk.run // walk.chunk)
@@ -84,8 +91,9 @@ def _forward_kernel(at: Program, refs: Operands, segments: Segments, out_refs, s
 
     weights = Weights.load(refs)
 
-    def of_chunk(text: Array, number: Array, before: list[Row]) -> list[Row]:
-        chunk = load_chunk(at, refs.x, segments, text, number, before)
+    def of_chunk(text: Array, number: Array, read: tuple[list[Row], Ahead]) -> tuple[list[Row], Ahead]:
+        chunk = Chunk.of(spec, segments, text, number, *read)
+        ahead = Ahead.load(at, refs.x, segments, text, number + 1)
         sums = convolved(at, weights, chunk)
         for out_ref, slope_ref, activation, totals in zip(out_refs, slope_refs, spec.activations, sums, strict=True):
             for u, total in enumerate(totals):
@@ -95,11 +103,11 @@ def _forward_kernel(at: Program, refs: Operands, segments: Segments, out_refs, s
                 at.store(out_ref, text, place, value, inside)
                 if slope_ref is not None:
                     at.store(slope_ref, text, place, slope, inside)
-        return chunk.window[walk.chunk :]
+        return chunk.window[walk.chunk :], ahead
 
     def of_text(text: Array, carry: None) -> None:
-        before = load_rows(at, refs.x, text, first * walk.chunk - spec.reach, 2 * spec.reach)
-        lax.fori_loop(first, last, lambda number, before: of_chunk(text, number, before), before)
+        read = start_reading(at, refs.x, segments, text, first)
+        lax.fori_loop(first, last, lambda number, read: of_chunk(text, number, read), read)
 
     lax.fori_loop(0, walk.texts, of_text, None)
 
@@ -154,18 +162,18 @@ def _backward_kernel(
     weights = Weights.load(refs)
 
     def of_chunk(text: Array, number: Array, carry):
-        before, rows, sums = carry
-        chunk = load_chunk(at, refs.x, segments, text, number, before)
+        read, rows, sums = carry
+        chunk = Chunk.of(spec, segments, text, number, *read)
+        ahead = Ahead.load(at, refs.x, segments, text, number + 1)
         d_sums = [_d_sums(at, chunk, *refs) for refs in zip(d_out_refs, slope_refs, strict=True)]
         own = (own_first <= number) & (number < own_last) if spec.runs > 1 else None
         rows, sums = _chunk_gradient(at, weights, chunk, d_sums, own, rows + [at.zero] * walk.chunk, sums)
         for u in range(walk.chunk):  # no later chunk reaches these
             keep(text, chunk.start - spec.reach + u, rows[u])
-        return chunk.window[walk.chunk :], rows[walk.chunk :], sums
+        return (chunk.window[walk.chunk :], ahead), rows[walk.chunk :], sums
 
     def of_text(text: Array, sums):
-        before = load_rows(at, refs.x, text, first * walk.chunk - spec.reach, 2 * spec.reach)
-        carry = before, [at.zero] * (2 * spec.reach), sums
+        carry = start_reading(at, refs.x, segments, text, first), [at.zero] * (2 * spec.reach), sums
         _, rows, sums = lax.fori_loop(first, last, lambda number, carry: of_chunk(text, number, carry), carry)
         for step, row in enumerate(rows):
             keep(text, last * walk.chunk - spec.reach + step, row)
@@ -182,7 +190,7 @@ def _d_sums(at: Program, chunk: Chunk, d_out_ref, slope_ref) -> list[Row]:
     rows, spec = [], at.spec
     for u in range(spec.walk.chunk):
         place = chunk.start + u
-        inside = jnp.minimum(place, spec.length - 1)
+        inside = place if spec.whole_chunks else jnp.minimum(place, spec.length - 1)
         row = at.load(d_out_ref, chunk.text, inside)
         if slope_ref is not None:
             row *= at.load(slope_ref, chunk.text, inside)
@@ -200,15 +208,13 @@ def _chunk_gradient(
         for (*taps, bias), rows in zip(sums, d_sums, strict=True)
     ]
 
-    def of_segment(g: Array, carry):
+    def of_segment(sees: list[Array], owns: list[Array], carry):
         rows, sums = carry
-        segment = chunk.segment(g)
-        same = [key == segment for key in chunk.keys]
-        seen = [only(s if own is None else s & own, row) for s, row in zip(same, chunk.window, strict=True)]
+        seen = [only(there if own is None else there & own, row) for there, row in zip(sees, chunk.window, strict=True)]
         to_rows: list[list[tuple[Row, Row]]] = [[] for _ in rows]
         new_sums = []
         for radius, taps, d_sum, (*totals, bias) in zip(spec.radii, weights.taps, d_sums, sums, strict=True):
-            mine = [only(query == segment, row) for query, row in zip(chunk.queries, d_sum, strict=True)]
+            mine = [only(there, row) for there, row in zip(owns, d_sum, strict=True)]
             for tap in range(2 * radius + 1):
                 first, weight = spec.reach - radius + tap, taps[tap]
                 totals[tap] = at.add_products(totals[tap], list(zip(seen[first:], mine, strict=False)))
@@ -216,6 +222,6 @@ def _chunk_gradient(
                     to_rows[first + u].append((weight, row))
             new_sums.append([*totals, bias])
         added = [at.add_products(at.zero, pairs) for pairs in to_rows]
-        return [old + only(s, new) for s, old, new in zip(same, rows, added, strict=True)], new_sums
+        return [old + only(there, new) for there, old, new in zip(sees, rows, added, strict=True)], new_sums
 
-    return lax.fori_loop(0, chunk.several, of_segment, (rows, sums))
+    return chunk.each_segment(spec, of_segment, (rows, sums))

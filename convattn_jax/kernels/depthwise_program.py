@@ -6,9 +6,11 @@ Everything below `Operands` runs inside a Pallas kernel.
 import dataclasses
 import functools
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
+import numpy as np
 from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
@@ -63,18 +65,25 @@ class Spec:
         return -(-self.length // self.walk.run)
 
     @property
+    def words(self) -> int:
+        """32-bit words for the rows of a chunk's window."""
+        return -(-(self.walk.chunk + 2 * self.reach) // 32)
+
+    @property
     def whole_chunks(self) -> bool:
         """Whether no chunk goes beyond the end."""
         return self.length % self.walk.chunk == 0
 
 
 class Segments(NamedTuple):
-    """Which segment each position belongs to, as one pass reads it; N chunks of U positions, n the widest radius."""
+    """Who belongs together, as one pass reads it: for each chunk, once for each distinct segment of its positions.
 
-    queries: Leaf  # (B, N U) int32
-    keys: Leaf  # (B, N U + 2n) int32, from position -n on; negative where nobody reaches
-    distinct: Leaf  # (B, N U) int32: the distinct segments of each chunk's queries, as many as `counts` says
-    counts: Leaf  # (B, N) int32
+    N chunks of U positions; n the widest radius; M words hold a bit for each of the U + 2n rows of a chunk's window.
+    """
+
+    sees: Leaf  # (B, N U M) int32: which rows of the window belong to the segment
+    owns: Leaf  # (B, N U) int32: which positions of the chunk do
+    counts: Leaf  # (B, N) int32: how many segments those are; the rest of the U has no bit set
 
 
 class Operands(NamedTuple):
@@ -108,10 +117,14 @@ class Program:
         """A row of zeros."""
         return jnp.zeros((self.spec.walk.channels,), jnp.float32)
 
+    def raw(self, ref, text: Array, place: Array) -> Array:
+        """The row of a position as it lies in memory."""
+        row = ref.at[text, place, pl.ds(0, self.spec.walk.channels)]
+        return row[...] if self.exists is None else plgpu.load(row, mask=self.exists, other=0)
+
     def load(self, ref, text: Array, place: Array) -> Row:
         """The row of a position."""
-        row = ref.at[text, place, pl.ds(0, self.spec.walk.channels)]
-        return (row[...] if self.exists is None else plgpu.load(row, mask=self.exists, other=0)).astype(jnp.float32)
+        return self.raw(ref, text, place).astype(jnp.float32)
 
     def store(self, ref, text: Array, place: Array, row: Row, where: Array | None) -> None:
         """Writes the row of a position, if `where` holds."""
@@ -171,56 +184,90 @@ class Weights(NamedTuple):
         return Weights(taps, [ref[0, :] for ref in refs.biases])
 
 
+class Member(NamedTuple):
+    """One of a chunk's segments: the words of its bits."""
+
+    sees: list[Array]
+    owns: Array
+
+    @staticmethod
+    def load(spec: Spec, segments: Segments, text: Array, number: Array, g: Array | int) -> "Member":
+        """The g-th of the chunk of that number; any there is beyond the last."""
+        at = number * spec.walk.chunk + jnp.minimum(g, spec.walk.chunk - 1)
+        return Member([segments.sees[text, at * spec.words + i] for i in range(spec.words)], segments.owns[text, at])
+
+    def rows(self, count: int) -> list[Array]:
+        """Whether each row of the window belongs to the segment."""
+        return [_bit(self.sees[row // 32], row % 32) for row in range(count)]
+
+    def positions(self, count: int) -> list[Array]:
+        """Whether each position of the chunk does."""
+        return [_bit(self.owns, position) for position in range(count)]
+
+
+def _bit(word: Array, number: int) -> Array:
+    return (word & np.uint32(1 << number).astype(np.int32)) != 0
+
+
+class Ahead(NamedTuple):
+    """What a chunk adds to what the one before it has read: asked for while that one is computed."""
+
+    rows: list[Array]  # as they lie in memory
+    member: Member  # its first segment
+    several: Array  # how many it has
+
+    @staticmethod
+    def load(at: Program, x_ref, segments: Segments, text: Array, number: Array) -> "Ahead":
+        """That of the chunk of that number, or of the last."""
+        number = jnp.minimum(number, at.spec.chunks - 1)
+        rows = raw_rows(at, x_ref, text, number * at.spec.walk.chunk + at.spec.reach, at.spec.walk.chunk)
+        return Ahead(rows, Member.load(at.spec, segments, text, number, 0), segments.counts[text, number])
+
+
 class Chunk(NamedTuple):
     """The rows of a chunk's positions and of `reach` more on either side, and whose they are."""
 
     text: Array
+    number: Array
     start: Array
     window: list[Row]  # beyond the ends, any row there is
-    keys: list[Array]  # the segment of each row of the window
-    queries: list[Array]  # the segment of each position
-    distinct: Leaf
-    several: Array  # how many those are
+    member: Member
+    several: Array
+    segments: Segments
 
-    def segment(self, g: Array) -> Array:
-        """The g-th of the chunk's distinct segments."""
-        return self.distinct[self.text, self.start + g]
+    @staticmethod
+    def of(spec: Spec, segments: Segments, text: Array, number: Array, before: list[Row], ahead: Ahead) -> "Chunk":
+        """The chunk of that number; `before`: the 2 `reach` rows that its window shares with the previous one's."""
+        window = before + [row.astype(jnp.float32) for row in ahead.rows]
+        return Chunk(text, number, number * spec.walk.chunk, window, ahead.member, ahead.several, segments)
+
+    def each_segment(self, spec: Spec, body: Callable[[list[Array], list[Array], Any], Any], carry: Any) -> Any:
+        """body(which rows of the window, which positions, carry) for each of the chunk's segments."""
+
+        def of_segment(g: Array, carry: Any) -> Any:
+            member, carry = carry
+            following = Member.load(spec, self.segments, self.text, self.number, g + 1)
+            return following, body(member.rows(len(self.window)), member.positions(spec.walk.chunk), carry)
+
+        return lax.fori_loop(0, self.several, of_segment, (self.member, carry))[1]
 
 
-def load_rows(at: Program, x_ref, text: Array, first: Array, count: int) -> list[Row]:
-    """Rows of x from a position on; beyond the ends, any row there is."""
-    places = [jnp.clip(first + step, 0, at.spec.length - 1) for step in range(count)]
-    return [at.load(x_ref, text, place) for place in places]
-
-
-def load_chunk(at: Program, x_ref, segments: Segments, text: Array, number: Array, before: list[Row]) -> Chunk:
-    """The chunk of that number; `before`: the 2 `reach` rows that its window shares with the previous one's."""
-    spec, size = at.spec, at.spec.walk.chunk
-    start = number * size
-    return Chunk(
-        text,
-        start,
-        window=before + load_rows(at, x_ref, text, start + spec.reach, size),
-        keys=[segments.keys[text, start + step] for step in range(size + 2 * spec.reach)],
-        queries=[segments.queries[text, start + step] for step in range(size)],
-        distinct=segments.distinct,
-        several=segments.counts[text, number],
-    )
+def raw_rows(at: Program, x_ref, text: Array, first: Array, count: int) -> list[Array]:
+    """Rows of x from a position on, as they lie in memory; beyond the ends, any row there is."""
+    return [at.raw(x_ref, text, jnp.clip(first + step, 0, at.spec.length - 1)) for step in range(count)]
 
 
 def convolved(at: Program, weights: Weights, chunk: Chunk) -> list[list[Row]]:
     """For each convolution, its value at each position of the chunk, the bias included."""
     spec, size = at.spec, at.spec.walk.chunk
 
-    def of_segment(g: Array, sums: list[list[Row]]) -> list[list[Row]]:
-        segment = chunk.segment(g)
-        seen = [only(key == segment, row) for key, row in zip(chunk.keys, chunk.window, strict=True)]
-        mine = [query == segment for query in chunk.queries]
+    def of_segment(sees: list[Array], owns: list[Array], sums: list[list[Row]]) -> list[list[Row]]:
+        seen = [only(there, row) for there, row in zip(sees, chunk.window, strict=True)]
         results = []
         for radius, taps, bias, before in zip(spec.radii, *weights, sums, strict=True):
             rows = seen[spec.reach - radius :]
             totals = [at.add_products(bias, list(zip(rows[u:], taps, strict=False))) for u in range(size)]
-            results.append([jnp.where(m, new, old) for m, new, old in zip(mine, totals, before, strict=True)])
+            results.append([jnp.where(own, new, old) for own, new, old in zip(owns, totals, before, strict=True)])
         return results
 
-    return lax.fori_loop(0, chunk.several, of_segment, [[bias] * size for bias in weights.biases])
+    return chunk.each_segment(spec, of_segment, [[bias] * size for bias in weights.biases])
