@@ -25,13 +25,15 @@ def test_statistics_are_those_of_the_seeds():
 
 def test_the_table_has_a_row_a_metric_in_per_cent():
     head, rule, *rows = results.markdown(TABLE).splitlines()
-    assert head == "| task | metric | mean | std | median | best | seeds |"
+    assert head == "| task | metric | mean | std | median | best | chance | seeds |"
     assert rule.count("|") == head.count("|")
     assert rows == [
-        "| rte | accuracy | 65.0 | 13.2 | 70.0 | 75.0 | 3 |",
-        "| mrpc | accuracy | 80.0 | 0.0 | 80.0 | 80.0 | 1 |",
-        "| mrpc | f1 | 87.5 | 0.0 | 87.5 | 87.5 | 1 |",
+        "| rte | accuracy | 65.0 | 13.2 | 70.0 | 75.0 | — | 3 |",
+        "| mrpc | accuracy | 80.0 | 0.0 | 80.0 | 80.0 | — | 1 |",
+        "| mrpc | f1 | 87.5 | 0.0 | 87.5 | 87.5 | — | 1 |",
     ]
+    found = results.markdown({"word_order": {"accuracy": [0.9]}, "distance": {"pearson": [0.75], "spearman": [0.5]}})
+    assert [line.split(" | ")[-2] for line in found.splitlines()[2:]] == ["50.0", "0.0", "0.0"]
 
 
 def test_results_json_holds_the_values_and_nothing_else(tmp_path):
@@ -68,4 +70,9 @@ def test_the_picture_has_all_seeds_as_points_and_their_means_as_lines(tmp_path, 
     assert -0.5 < left[0][0] < min(one) <= max(one) < left[1][0] <= right[0][0] < min(other) < right[1][0] < 0.5
     assert [label.get_text() for label in axes.get_xticklabels()] == ["rte\naccuracy", "mrpc\naccuracy", "mrpc\nf1"]
     assert [text.get_text() for text in axes.get_legend().get_texts()] == ["one", "other"]
+    results.plot({"one": {"adjacent": {"accuracy": [0.25]}, "distance": {"pearson": [0.5]}}}, tmp_path / "two.png")
+    (axes,) = drawn[1].axes
+    dashed = [line for line in axes.lines if line.get_linestyle() == "--" and len(line.get_ydata())]
+    assert [(line.get_xdata().mean(), set(line.get_ydata())) for line in dashed] == [(0, {50}), (1, {0})]
+    assert [text.get_text() for text in axes.get_legend().get_texts()] == ["one", "chance"]
     assert {path.name for path in tmp_path.iterdir()} == {"two.png"}

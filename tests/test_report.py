@@ -223,6 +223,28 @@ def test_a_folder_without_runs_is_one_line(tmp_path, capsys):
         assert said in capsys.readouterr().err
 
 
+def test_a_run_beside_a_sweep_lacks_nothing_that_only_the_sweep_asked_for(made, tmp_path):
+    (pretraining(tmp_path / "alone", 3.0) / "evaluations" / "length-32.json").unlink()
+    assert lacking(runs.collect([str(made), str(tmp_path / "alone")])) == set()
+
+
+def test_runs_of_no_sweep_are_complete_though_one_was_asked_for_more(tmp_path):
+    for name in "ab":
+        pretraining(tmp_path / name, 3.0)
+    write(tmp_path / "a" / "evaluations" / "length-64.json", {"length": 64, "applicable": True, "loss": 3.5})
+    finetuning(tmp_path / "a", "probes", {"word_order": {"accuracy": [0.9]}})
+    c = runs.collect([str(tmp_path)])
+    assert lacking(c) == set()
+    assert rows(tables.lengths(c))["b"]["64 tokens"] == "—"
+
+
+def test_the_page_of_one_run_is_in_its_folder_and_that_of_several_beside_them(tmp_path, no_drawing):
+    names = [str(pretraining(tmp_path / name, 3.0)) for name in "ab"]
+    for paths, out, folder in ((names[:1], "", tmp_path / "a"), (names, "", tmp_path), (names, tmp_path / "c", None)):
+        found = command.write(paths, out=str(out))
+        assert {path.parent for path in found} == {folder or out}
+
+
 # --- the page ---
 
 

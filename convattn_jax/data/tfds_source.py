@@ -60,7 +60,9 @@ def _prepared(name: str, data_dir: str) -> Any:
         import tensorflow_datasets as tfds
         import tensorflow_datasets.text  # registers wikipedia, lm1b and their like
     except ImportError as error:
-        raise UserError(f"data.source=tfds needs tensorflow-datasets ({error})") from error
+        raise UserError(
+            f"data.source=tfds needs tensorflow-datasets: pip install tensorflow-datasets ({error})"
+        ) from error
     where: dict[str, Any] = {"data_dir": str(epath.Path(data_dir).expanduser())} if data_dir else {}
     absl_log = logging.getLogger("absl")
     level = absl_log.level

@@ -9,6 +9,7 @@ from etils import epath
 from matplotlib.figure import Figure
 
 from convattn_jax import plots
+from convattn_jax.glue.tasks import TASKS
 from convattn_jax.run import write_atomically
 
 Table = Mapping[str, Mapping[str, Sequence[float]]]  # task -> metric -> one value a seed
@@ -33,13 +34,23 @@ def statistics(table: Table) -> dict[str, dict[str, dict[str, float]]]:
     }
 
 
+def chance(task: str) -> float | None:
+    """What a probe's guesses get: its classes are equally frequent, and a correlation is 0; None of other tasks."""
+    row = TASKS.get(task)
+    if row is None or not row.is_probe:
+        return None
+    return 0.0 if row.is_regression else 1 / len(row.labels)
+
+
 def markdown(table: Table) -> str:
-    """A row a metric: mean, spread, median, best, number of seeds; all in per cent, as GLUE is reported."""
-    lines = ["| task | metric | mean | std | median | best | seeds |", "|---|---|---|---|---|---|---|"]
+    """A row a metric: mean, spread, median, best, chance, number of seeds; in per cent, as GLUE is reported."""
+    lines = ["| task | metric | mean | std | median | best | chance | seeds |", "|---|---|---|---|---|---|---|---|"]
     for task, metrics in statistics(table).items():
+        guessed = chance(task)
+        level = "—" if guessed is None else f"{100 * guessed:.1f}"
         for metric, s in metrics.items():
             values = " | ".join(f"{100 * s[name]:.1f}" for name in ("mean", "std", "median", "best"))
-            lines.append(f"| {task} | {metric} | {values} | {s['seeds']} |")
+            lines.append(f"| {task} | {metric} | {values} | {level} | {s['seeds']} |")
     return "\n".join(lines) + "\n"
 
 
@@ -57,7 +68,7 @@ def load(folder: epath.PathLike) -> dict[str, dict[str, list[float]]]:
 
 
 def plot(runs: Mapping[str, Table], path: epath.PathLike) -> None:
-    """Per task and metric the seeds as points, their mean as a line; several runs side by side."""
+    """Per task and metric the seeds as points, their mean as a line, chance as a dashed one; runs side by side."""
     names = list(dict.fromkeys((task, metric) for table in runs.values() for task in table for metric in table[task]))
     figure = Figure(figsize=(max(4.0, 1.1 * len(names) + 1.5), 3.4), dpi=150, layout="constrained")
     axes: Any = figure.subplots()
@@ -71,12 +82,17 @@ def plot(runs: Mapping[str, Table], path: epath.PathLike) -> None:
                 axes.plot(x + np.linspace(-0.2, 0.2, len(values)) * width, values, "o", ms=4, color=colour, alpha=0.6)
                 axes.hlines(np.mean(values), x - 0.4 * width, x + 0.4 * width, color=colour, linewidth=2)
         axes.plot([], [], "o-", color=colour, label=run)
+    levels = [(place, level) for place, (task, _) in enumerate(names) if (level := chance(task)) is not None]
+    for place, level in levels:
+        axes.plot([place - 0.45, place + 0.45], [100 * level] * 2, "--", color="#808080", linewidth=1)
+    if levels:
+        axes.plot([], [], "--", color="#808080", linewidth=1, label="chance")
     axes.set_xticks(range(len(names)), [f"{task}\n{metric}" for task, metric in names], fontsize=8)
     axes.set_ylabel("%", rotation=0)
     axes.grid(axis="y", color="#e5e5e5")
     axes.set_axisbelow(True)
     for side in ("top", "right", "left"):
         axes.spines[side].set_visible(False)
-    if len(runs) > 1:
+    if len(runs) > 1 or levels:
         axes.legend(frameon=False, fontsize=8)
     plots.save(figure, path)

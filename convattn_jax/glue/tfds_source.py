@@ -90,7 +90,9 @@ def _builder(task: Task, data_dir: str) -> Any:
         import tensorflow_datasets as tfds
         import tensorflow_datasets.text  # registers glue
     except ImportError as error:
-        raise UserError(f"glue.source=tfds needs tensorflow-datasets ({error})") from error
+        raise UserError(
+            f"glue.source=tfds needs tensorflow-datasets: pip install tensorflow-datasets ({error})"
+        ) from error
     where: dict[str, Any] = {"data_dir": str(epath.Path(data_dir).expanduser())} if data_dir else {}
     name = f"glue/{task.name}"
     try:

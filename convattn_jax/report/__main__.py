@@ -10,7 +10,8 @@ from convattn_jax.config import UserError
 
 EXAMPLES = """\
   python -m convattn_jax.report sweeps/positions                    a sweep: report.html and report.md in its folder
-  python -m convattn_jax.report runs/composite runs/bert --out=.    single runs, with what was fine-tuned from them
+  python -m convattn_jax.report runs/composite                      a run and what was fine-tuned from it: in its folder
+  python -m convattn_jax.report runs/composite runs/bert --out=.    single runs; without --out: beside them
   python -m convattn_jax.report sweeps/* --baseline=fixed --sentence='The dog that ran was tired.'
 """
 
@@ -47,7 +48,8 @@ def write(paths: Sequence[str], baseline: str = "", sentence: str = "", out: str
 
     c = runs.collect(paths, baseline, sentence)
     first = pathlib.Path(paths[0])
-    folder = pathlib.Path(out) if out else first.parent if (first / "config.json").exists() else first
+    beside = len(paths) > 1 and (first / "config.json").exists()  # of several runs
+    folder = pathlib.Path(out) if out else first.parent if beside else first
     every = list(c.runs())
     title = f"{_count(len(c.variants), 'variant')}: {first.resolve().name}"
     unfinished = sum(bool(run.missing) for run in every)

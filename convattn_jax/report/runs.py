@@ -31,6 +31,7 @@ class Run:
       tasks: task -> main metric, one value a fine-tuning seed.
       by_label: task -> label -> (rows, rows predicted right), over all fine-tuning seeds.
       lengths: row length -> held-out loss; None where the model cannot be evaluated there.
+      planned: whether a sweep says what there should be of it.
       missing: what there should be and is not, in words.
     """
 
@@ -46,6 +47,7 @@ class Run:
     tasks: dict[str, list[float]] = dataclasses.field(default_factory=dict)
     by_label: dict[str, dict[int, tuple[int, int]]] = dataclasses.field(default_factory=dict)
     lengths: dict[int, float | None] = dataclasses.field(default_factory=dict)
+    planned: bool = False
     missing: list[str] = dataclasses.field(default_factory=list)
 
 
@@ -180,6 +182,7 @@ def _read(folder: pathlib.Path, config: dict[str, Any], variant: str = "", seed:
 
 def _expect(run: Run, root: pathlib.Path, job: dict[str, Any]) -> None:
     """Notes which stages of a sweep's run are missing, and why if it is known."""
+    run.planned = True
     status = read_object(root / "status" / f"{pathlib.Path(run.name).name}.json")
     if status.get("state") == "failed":
         run.missing = [text for text in run.missing if text != NOT_STARTED]
@@ -243,16 +246,19 @@ def settings_of(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def _note_tasks(groups: dict[str, list[Run]]) -> None:
-    """A task that some runs have is missing in the others."""
+    """A task or a length that some runs of a sweep have is missing in its others.
+
+    Of a run alone nobody asked for more than there is; but of several tasks one may still be at work.
+    """
     known = [task for task in TASKS if any(task in run.tasks for group in groups.values() for run in group)]
-    lengths = sorted({length for group in groups.values() for run in group for length in run.lengths})
+    lengths = sorted({length for group in groups.values() for run in group if run.planned for length in run.lengths})
     for group in groups.values():
         for run in group:
             lacking = [task for task in known if task not in run.tasks]
-            if lacking and run.figures:
+            if lacking and run.figures and (run.planned or run.tasks):
                 run.missing.append(f"no results of {', '.join(lacking)}")
             at = [str(length) for length in lengths if length not in run.lengths]
-            if at and run.figures:
+            if at and run.figures and run.planned:
                 run.missing.append(f"not evaluated at length {', '.join(at)}")
 
 
