@@ -216,7 +216,13 @@ def test_single_runs_are_grouped_by_their_settings(tmp_path):
 
 
 def test_a_folder_without_runs_is_one_line(tmp_path, capsys):
-    for path, said in ((tmp_path, "holds no run"), (tmp_path / "nowhere", "is no folder")):
+    tuned = tmp_path / "tuned" / "first-glue"
+    write(tuned / "config.json", {"task": "finetune", "init_from": "runs/first"})
+    for path, said in (
+        (tmp_path, "holds no run"),
+        (tmp_path / "nowhere", "is no folder"),
+        (tuned, "is fine-tuning only, made from runs/first: name that run"),
+    ):
         with pytest.raises(SystemExit) as ended:
             command.main([str(path)])
         assert ended.value.code == 2

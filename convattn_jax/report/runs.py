@@ -123,7 +123,8 @@ def collect(paths: Sequence[str], baseline: str = "", sentence: str = "") -> Com
         check(len(runs) > before or bool(tunings), f"{given} holds no run: train one with convattn_jax.main")
     for folder, config in tunings:
         _attach(folder, config, list(runs.values()))
-    check(bool(runs), f"{paths[0]} holds no pre-training run, only fine-tuning: name the runs it started from too")
+    sources = ", ".join(dict.fromkeys(text_of(config.get("init_from")) for _, config in tunings))
+    check(bool(runs), f"{paths[0]} is fine-tuning only, made from {sources}: name that run")
 
     groups: dict[str, list[Run]] = {name: [] for name in order}
     for run in runs.values():
