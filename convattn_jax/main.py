@@ -40,9 +40,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         return
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     full_disk.tell_once()
+    workdir = ""
     try:
         with _terminated():
             command = parse(argv)
+            workdir = command.workdir
             task = str(command.config.task)
             check_choice("task", task, TASKS)
             if flatten(command.config).get("train.deterministic"):
@@ -64,8 +66,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         reason = full_disk.reason(error)
         if reason is None:
             raise
-        where = f" ({error.filename})" if error.filename else ""
-        sys.exit(_line(UserError(f"--workdir: {reason}{where}: make room; the same command goes on from there")))
+        where = error.filename or workdir  # what is written to an open file has no name
+        sys.exit(_line(UserError(f"--workdir: {reason} ({where}): make room; the same command goes on from there")))
     except Interrupted as stopped:  # whole and resumable, as asked for
         print(stopped, file=sys.stderr)
         if stopped.status:

@@ -155,12 +155,14 @@ def test_a_run_folder_is_of_one_configuration_and_one_tokenizer(home, capsys, mo
 
 
 def test_a_full_disk_is_one_line_and_another_failure_is_not_hidden(home, capsys, monkeypatch):
-    def full(run):
-        raise OSError(28, "No space left on device", "runs/test/metrics.jsonl")
+    for name, said in ((("runs/test/metrics.jsonl",), "runs/test/metrics.jsonl"), ((), "runs/test")):
 
-    monkeypatch.setattr("convattn_jax.pretrain._Run.complete", full)
-    said = error_of([CONFIG, RUN], capsys)
-    assert said.startswith("error: --workdir: No space left on device (runs/test/metrics.jsonl): make room")
+        def full(run, name=name):
+            raise OSError(28, "No space left on device", *name)
+
+        monkeypatch.setattr("convattn_jax.pretrain._Run.complete", full)
+        told = error_of([CONFIG, RUN], capsys)
+        assert told.startswith(f"error: --workdir: No space left on device ({said}): make room")
 
     def broken(run):
         raise OSError(22, "Invalid argument")
