@@ -66,7 +66,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         reason = full_disk.reason(error)
         if reason is None:
             raise
-        where = error.filename or workdir  # what is written to an open file has no name
+        where = error.filename or workdir or "the run folder"  # what is written to an open file has no name
         sys.exit(_line(UserError(f"--workdir: {reason} ({where}): make room; the same command goes on from there")))
     except Interrupted as stopped:  # whole and resumable, as asked for
         print(stopped, file=sys.stderr)
