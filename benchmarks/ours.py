@@ -12,8 +12,8 @@ from jax import Array
 
 from benchmarks import lengths
 from benchmarks.settings import configured
-from benchmarks.suites import Spec, Suite
-from convattn_jax import optim, train
+from benchmarks.suites import PRODUCTS, Spec, Suite
+from convattn_jax import compiled, optim, train
 from convattn_jax.config import from_config
 from convattn_jax.data.examples import LAYOUTS, token_dtype
 from convattn_jax.kernels.operations import operations_by
@@ -98,13 +98,24 @@ def steppers(
             leave_out(name, error)
     before_compiling()
     with ThreadPoolExecutor(8) as pool:
-        futures = {name: [pool.submit(part.compile) for part in parts[:2]] for name, parts in lowered.items()}
+        futures = {
+            name: [pool.submit(start.compile), pool.submit(step.compile, compiler_options(specs[name]))]
+            for name, (start, step, *_) in lowered.items()
+        }
     for name, (start, step) in futures.items():
         try:
             made[name] = _stepper(start.result(), step.result(), *lowered[name][2:])
         except Exception as error:
             leave_out(name, error)
     return made
+
+
+def compiler_options(spec: Spec) -> dict[str, Any] | None:
+    """XLA's for one of ours."""
+    products = spec.options.get("products", PRODUCTS[0])
+    if products not in PRODUCTS:
+        raise SystemExit(f"products={products} is unknown; there are: {', '.join(PRODUCTS)}")
+    return compiled.options() if products == "cublas" else None
 
 
 def _lower(

@@ -4,6 +4,7 @@ A specification is FILE[:SIZE][@KEY=VALUE...] for a configuration of this projec
 `authors:SIZE[@...]` for a peer of that size. Keys are those of the configuration, and
 
     head=masked | all            predict at the masked positions only, or score every position and ignore the rest
+    products=cublas | triton     ours: whether XLA may take Triton's matrix products, as it does by itself
     attend=cudnn                 ours: plain attention by cuDNN (it has no attention dropout through JAX)
     compile=True | False         peers: torch.compile
     sdpa=auto | default | flash | cudnn | efficient    Transformers: the attention kernel; auto times them first
@@ -12,7 +13,8 @@ A specification is FILE[:SIZE][@KEY=VALUE...] for a configuration of this projec
 import dataclasses
 
 HEADS = ("masked", "all")
-OURS, PEERS = ("head", "attend"), ("head", "compile", "sdpa")
+PRODUCTS = ("cublas", "triton")
+OURS, PEERS = ("head", "attend", "products"), ("head", "compile", "sdpa")
 
 
 @dataclasses.dataclass(frozen=True)

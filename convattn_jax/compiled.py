@@ -63,6 +63,15 @@ def _use(folder: str) -> None:
     jax.config.update("jax_persistent_cache_min_compile_time_secs", LEAST_SECONDS)
 
 
+def options() -> dict[str, str | bool] | None:
+    """XLA's, for steps of models: on GPUs no matrix products by Triton.
+
+    cuBLAS's own add biases, and sums of gradients, as they write. XLA tries Triton's first, and where they lose, those
+    additions are left as passes of their own over the results. The search also is half of all compilation.
+    """
+    return {"xla_gpu_enable_triton_gemm": False} if jax.default_backend() == "gpu" else None
+
+
 def processor() -> str:
     """A name of this host's processor and its instructions."""
     info = pathlib.Path("/proc/cpuinfo")

@@ -8,7 +8,7 @@ import numpy as np
 from jax import Array
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from convattn_jax import checkpoint, optim, sharding, train
+from convattn_jax import checkpoint, compiled, optim, sharding, train
 from convattn_jax.config import check
 from convattn_jax.data.config import DataConfig, TokenizerConfig
 from convattn_jax.data.examples import token_dtype
@@ -70,11 +70,13 @@ class Program:
             donate_argnums=0,
             in_shardings=(shardings, self.rows, None),
             out_shardings=(shardings, self.everywhere),
+            compiler_options=compiled.options(),
         )
         self.eval_step = jax.jit(
             self.objective.evaluation_sums,
             in_shardings=(shardings.params, self.rows, None),
             out_shardings=self.everywhere,
+            compiler_options=compiled.options(),
         )
 
     def train_step(self, state: TrainState, rows: Array) -> tuple[TrainState, dict[str, Array]]:

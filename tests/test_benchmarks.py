@@ -150,6 +150,15 @@ def test_scoring_every_position_is_the_same_loss():
         np.testing.assert_allclose(sums[1][name], value, rtol=1e-5)
 
 
+def test_who_makes_the_matrix_products_is_one_of_two(monkeypatch):
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    config = "configs/composite.py"
+    assert ours.compiler_options(Spec.parse(config)) == {"xla_gpu_enable_triton_gemm": False}
+    assert ours.compiler_options(Spec.parse(f"{config}@products=triton")) is None
+    with pytest.raises(SystemExit, match=r"products=cutlass is unknown; there are: cublas, triton"):
+        ours.compiler_options(Spec.parse(f"{config}@products=cutlass"))
+
+
 def test_the_mix_of_lengths_is_the_same_texts_padded_and_packed():
     suite = Suite(4, 512, 5000, {}, mixed=True)
     rows = ours.rows_by_layout(suite)

@@ -92,3 +92,9 @@ def test_the_flag():
     assert parse(["main", "--config=configs/bert.py"]).compile_cache is None
     assert parse(["main", "--config=configs/bert.py", "--compile_cache="]).compile_cache == ""
     assert parse(["main", "--config=configs/bert.py", "--compile_cache=here"]).compile_cache == "here"
+
+
+def test_steps_on_gpus_leave_matrix_products_to_cublas(monkeypatch):
+    assert compiled.options() is None  # on a CPU, whose compiler is told nothing
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    assert compiled.options() == {"xla_gpu_enable_triton_gemm": False}

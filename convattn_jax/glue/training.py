@@ -20,6 +20,7 @@ from jax import Array
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from jaxtyping import Float
 
+from convattn_jax import compiled
 from convattn_jax.glue.batches import Batch, Joined, Rows, join, pad_rows
 from convattn_jax.glue.examples import Encoded, buckets
 from convattn_jax.model.classifier import SequenceClassifier, widen
@@ -73,11 +74,6 @@ def make_compilers() -> concurrent.futures.ThreadPoolExecutor:
     return concurrent.futures.ThreadPoolExecutor(min(4, os.cpu_count() or 1), "compile")
 
 
-def _options() -> dict[str, str | bool] | None:
-    """Of the compiler: on GPUs no search for Triton matrix products, half of all compilation, which short runs are."""
-    return {"xla_gpu_enable_triton_gemm": False} if jax.default_backend() == "gpu" else None
-
-
 class Trainer:
     """The compiled programs of a model, for S seeds at once: a start, a step and a prediction.
 
@@ -122,7 +118,7 @@ class Trainer:
             encoder = self._shapes["encoder"]
             encoder = self._placed(_stacked(encoder, seeds), seeds) if apart else self._placed(encoder, seeds, None)
             numbers = jax.ShapeDtypeStruct((seeds,), np.uint32)
-            return self._start.lower(encoder, numbers, outputs, apart).compile(_options())
+            return self._start.lower(encoder, numbers, outputs, apart).compile(compiled.options())
 
         return self._program(("start", seeds, outputs, apart), compile_start, now)
 
@@ -136,7 +132,7 @@ class Trainer:
             batch = self._placed(Batch(_rows_like(seeds, rows, length), label), seeds, 0, 1)
             state, keys = (self._placed(tree, seeds) for tree in (state, keys))
             numbers = (jax.ShapeDtypeStruct((), kind) for kind in (np.float32, np.int32))
-            return self._step.lower(state, batch, keys, *numbers).compile(_options())
+            return self._step.lower(state, batch, keys, *numbers).compile(compiled.options())
 
         return self._program(("step", seeds, rows, length), compile_step, now)
 
@@ -146,7 +142,7 @@ class Trainer:
         def compile_predict():
             params = self._placed(_stacked(self._shapes, seeds), seeds)
             batch = self._placed(_rows_like(seeds, rows, length), seeds, 0, 1)
-            return self._predict.lower(params, batch).compile(_options())
+            return self._predict.lower(params, batch).compile(compiled.options())
 
         return self._program(("predict", seeds, rows, length), compile_predict, now)
 
