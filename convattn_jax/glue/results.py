@@ -88,7 +88,7 @@ def plot(runs: Mapping[str, Table], path: epath.PathLike) -> None:
     if levels:
         axes.plot([], [], "--", color="#808080", linewidth=1, label="chance")
     axes.set_xticks(range(len(names)), [f"{task}\n{metric}" for task, metric in names], fontsize=8)
-    axes.set_ylabel("%", rotation=0)
+    axes.set_ylabel("per cent")
     axes.grid(axis="y", color="#e5e5e5")
     axes.set_axisbelow(True)
     for side in ("top", "right", "left"):

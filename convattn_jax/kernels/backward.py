@@ -1,9 +1,15 @@
-"""The backward kernels: a pass by queries (dq, query band) and one by keys (dk, dv, key band), seven products
-and no atomic addition. Where one tile holds everything, the first pass writes dk and dv too: five products.
+"""The backward kernels: a pass by queries (dq, query band) and one by keys (dk, dv, key band); no atomic addition.
 
     dS = P * (dP - delta)   delta_i = sum_j P_ij dP_ij   dq = content dS k   dk = content dS^T q   dv = P^T dO
 
 With dropout (a mask M, f = 1 / (1 - rate)) the exponentials give fP: dS = fP * (M dP - delta / f), dv = (M fP)^T dO.
+
+How often the tiles are walked is a matter of the block sizes (`Spec.one_pass`, `Spec.whole_rows`):
+
+    the pass by queries       delta                  then                       products
+    one tile holds all        from P and dP          writes dk and dv too       5
+    a tile holds all keys     from P and dP          the pass by keys           7
+    several tiles of keys     from the output, dO    the pass by keys           7
 
 A band's gradient is stored slot by slot while dS is at hand; the thin products that turn it into gradients of q (or k)
 and of the taps follow in the same program, the taps' as shares, summed afterwards in float32.
@@ -52,8 +58,8 @@ class BandOutputs(NamedTuple):
     beta: Leaf = None  # (B, H, shares, C)
 
 
-class Rows(NamedTuple):
-    """The gradients of q, k, v that a pass writes; `packed` is that of the one array (B, T, H, 3, K) of all three."""
+class QkvGradients(NamedTuple):
+    """Those of q, k, v that a pass writes; `packed` is that of the one array (B, T, H, 3, K) of all three."""
 
     q: Leaf = None
     k: Leaf = None
@@ -69,9 +75,9 @@ class Rows(NamedTuple):
 
 
 class Outputs(NamedTuple):
-    """What a pass writes: delta, where another pass follows, the gradients of rows and of its bands."""
+    """What a pass writes: delta, where another pass follows, the gradients of q, k, v and of its bands."""
 
-    rows: Rows
+    qkv: QkvGradients
     delta: Leaf = None
     query_band: BandOutputs = BandOutputs()
     key_band: BandOutputs = BandOutputs()
@@ -81,11 +87,11 @@ def backward(spec: Spec, operands: Operands, saved: Saved, out: Array | None, d_
     """Gradients of everything differentiable."""
     first = last = pass_by_queries(spec, operands, saved, out, d_out)
     if not spec.one_pass:
-        last = pass_by_keys(spec, operands, saved, d_out, first.delta, first.rows.packed)
+        last = pass_by_keys(spec, operands, saved, d_out, first.delta, first.qkv.packed)
     return Gradients(
-        first.rows.q if last.rows.packed is None else last.rows.packed,
-        last.rows.k,
-        last.rows.v,
+        first.qkv.q if last.qkv.packed is None else last.qkv.packed,
+        last.qkv.k,
+        last.qkv.v,
         beta=None if operands.beta is None else jnp.sum(first.query_band.beta, axis=(0, 2)),
         query_taps=_add_shares(first.query_band.taps, operands.query_taps),
         key_taps=_add_shares(last.key_band.taps, operands.key_taps),
@@ -98,12 +104,12 @@ def _add_shares(shares: Array | None, taps: Array | None) -> Array | None:
     return jnp.sum(shares, axis=(0, 2) if taps.shape[0] > 1 else (0, 1, 2)).reshape(taps.shape)
 
 
-def _row_outputs(spec: Spec, operands: Operands, names: str) -> tuple[Rows, Rows]:
+def _qkv_outputs(spec: Spec, operands: Operands, names: str) -> tuple[QkvGradients, QkvGradients]:
     """(specs, shapes) of the gradients of q, k, v that a pass writes."""
     like = tile.shape(*operands.q.shape, dtype=operands.q.dtype)
     if packed(operands):
-        return Rows(packed=_packed_spec(spec)), Rows(packed=like)
-    return Rows(**dict.fromkeys(names, rows_spec(spec))), Rows(**dict.fromkeys(names, like))
+        return QkvGradients(packed=_packed_spec(spec)), QkvGradients(packed=like)
+    return QkvGradients(**dict.fromkeys(names, rows_spec(spec))), QkvGradients(**dict.fromkeys(names, like))
 
 
 def _packed_spec(spec: Spec) -> pl.BlockSpec:
@@ -116,7 +122,7 @@ def _band_outputs(
     """(specs, shapes) of a band's outputs."""
     if band is None:
         return BandOutputs(), BandOutputs()
-    rows, _, heads = q.shape[:3]
+    batch, _, heads = q.shape[:3]
     sizes = BandOutputs(
         taps=None if taps is None else (shares, spec.width, band.padded),
         beta=None if beta is None else (shares, band.padded),
@@ -127,9 +133,9 @@ def _band_outputs(
         beta=sizes.beta and pl.BlockSpec((None, None, *sizes.beta), lambda n, h, b: (b, h, 0, 0)),
     )
     shapes = BandOutputs(
-        band_shape(spec, band, rows, heads),
-        taps=sizes.taps and tile.shape(rows, heads, *sizes.taps),
-        beta=sizes.beta and tile.shape(rows, heads, *sizes.beta),
+        band_shape(spec, band, batch, heads),
+        taps=sizes.taps and tile.shape(batch, heads, *sizes.taps),
+        beta=sizes.beta and tile.shape(batch, heads, *sizes.beta),
     )
     return specs, shapes
 
@@ -137,13 +143,13 @@ def _band_outputs(
 def _call(
     spec: Spec, kernel, name: str, size: tile.Tile, programs: int, inputs, in_specs, outputs, aliases=None
 ) -> Outputs:
-    rows, _, heads = inputs[0].q.shape[:3]
+    batch, _, heads = inputs[0].q.shape[:3]
     out_specs, out_shape = (Outputs(*parts) for parts in zip(*outputs, strict=True))
     return pl.pallas_call(
         lambda *refs: kernel(spec, *refs),
         name=name,
         input_output_aliases=aliases or {},
-        grid=(programs, heads, rows),
+        grid=(programs, heads, batch),
         in_specs=in_specs,
         out_specs=out_specs,
         out_shape=out_shape,
@@ -185,13 +191,13 @@ def _add(a: tuple[Array, Array], b: tuple[Array, Array]) -> tuple[Array, Array]:
 
 def pass_by_queries(spec: Spec, operands: Operands, saved: Saved, out: Array | None, d_out: Array) -> Outputs:
     """dq and delta, or all gradients where one tile holds everything."""
-    rows, _, heads = operands.q.shape[:3]
+    batch, _, heads = operands.q.shape[:3]
     one, size = rows_spec(spec), spec.blocks.dq
     programs = spec.padded // size.queries
     no_band = BandOutputs(), BandOutputs()
     outputs = (
-        _row_outputs(spec, operands, "qkv" if spec.one_pass else "q"),
-        (None, None) if spec.one_pass else (per_token(spec), tile.shape(rows, heads, spec.padded)),
+        _qkv_outputs(spec, operands, "qkv" if spec.one_pass else "q"),
+        (None, None) if spec.one_pass else (per_token(spec), tile.shape(batch, heads, spec.padded)),
         _band_outputs(spec, spec.query_band, operands.query_taps, operands.beta, programs, operands.q),
         _band_outputs(spec, spec.key_band, operands.key_taps, None, 1, operands.q) if spec.one_pass else no_band,
     )
@@ -234,7 +240,7 @@ def _query_kernel(spec: Spec, refs: Operands, saved: Saved, out_ref, d_out_ref, 
         weights = _weights(spec, refs, saved, q, k, i, j, zone, below)
         if spec.one_pass:  # before dP is there: the registers hold no third array
             dropped = _dropped(spec, refs, i, j, weights).astype(d_out.dtype)
-            outputs.rows.store(spec, "v", j, tile.dot(spec, dropped, d_out, (0, 0)))
+            outputs.qkv.store(spec, "v", j, tile.dot(spec, dropped, d_out, (0, 0)))
         d_weights = _dropped(spec, refs, i, j, tile.dot(spec, d_out, v, (1, 1)))
         row_delta = i.total(weights * d_weights) if delta is None else delta
         if spec.whole_rows and not spec.one_pass:
@@ -255,7 +261,7 @@ def _query_kernel(spec: Spec, refs: Operands, saved: Saved, out_ref, d_out_ref, 
     if spec.query_band:
         visited = -(-spec.length // size.keys) * size.keys
         dq = _finish(spec, spec.query_band, q, dq, ends, i, visited, outputs.query_band, refs.query_taps, program)
-    outputs.rows.store(spec, "q", i, dq)
+    outputs.qkv.store(spec, "q", i, dq)
 
 
 def _write_dk(spec: Spec, refs: Operands, outputs: Outputs, q, k, d_scores, narrow, i: Side, j: Side, zone: int):
@@ -264,7 +270,7 @@ def _write_dk(spec: Spec, refs: Operands, outputs: Outputs, q, k, d_scores, narr
     if spec.key_band:
         ends = bands.band_gradient(spec, spec.key_band, outputs.key_band.band, j, i, d_scores, -zone)
         dk = _finish(spec, spec.key_band, k, dk, ends, j, i.size, outputs.key_band, refs.key_taps, 0)
-    outputs.rows.store(spec, "k", j, dk)
+    outputs.qkv.store(spec, "k", j, dk)
 
 
 # --- by keys ---------------------------------------------------------------------------------------------------------
@@ -279,7 +285,7 @@ def pass_by_keys(
     programs = spec.padded // size.keys
     inputs = apart(operands), saved._replace(rest=None), d_out, delta
     outputs = (
-        _row_outputs(spec, operands, "kv"),
+        _qkv_outputs(spec, operands, "kv"),
         (None, None),
         (BandOutputs(), BandOutputs()),
         _band_outputs(spec, spec.key_band, operands.key_taps, None, programs, operands.q),
@@ -304,7 +310,7 @@ def pass_by_keys(
 
 
 def _key_kernel(spec: Spec, refs: Operands, saved: Saved, d_out_ref, delta_ref, onto_ref, *output_refs):
-    del onto_ref  # the same memory as the rows' gradient
+    del onto_ref  # the same memory as the gradient's
     outputs = Outputs(*output_refs)
     size, program = spec.blocks.dkv, pl.program_id(0)
     assert size is not None
@@ -336,5 +342,5 @@ def _key_kernel(spec: Spec, refs: Operands, saved: Saved, d_out_ref, delta_ref, 
     if spec.key_band:
         visited = -(-spec.length // size.queries) * size.queries
         dk = _finish(spec, spec.key_band, k, dk, ends, j, visited, outputs.key_band, refs.key_taps, program)
-    outputs.rows.store(spec, "k", j, dk)
-    outputs.rows.store(spec, "v", j, dv)
+    outputs.qkv.store(spec, "k", j, dk)
+    outputs.qkv.store(spec, "v", j, dv)

@@ -104,7 +104,7 @@ class LinearProjection(ProjectionModule):
         return kernel, self.param("bias", nn.initializers.zeros, self.heads)
 
     def __call__(self, x: Float[Array, "B T D"], inputs: Inputs, convolved: Array | None) -> Float[Array, "B T H K"]:
-        """The map."""
+        """x W + b; there is nothing convolved."""
         return linear(x, *self.weights())
 
 
@@ -121,7 +121,7 @@ class SeparableProjection(ProjectionModule):
         return self.depthwise()
 
     def __call__(self, x: Float[Array, "B T D"], inputs: Inputs, convolved: Array | None) -> Float[Array, "B T H K"]:
-        """The second part."""
+        """The linear map of what the first part gave."""
         assert convolved is not None
         return self.pointwise(convolved)
 
@@ -141,7 +141,7 @@ class NoProjection(ProjectionModule):
     """The hidden states themselves, cut into heads."""
 
     def __call__(self, x: Float[Array, "B T D"], inputs: Inputs, convolved: Array | None) -> Float[Array, "B T H K"]:
-        """No parameters."""
+        """x, its channels cut into heads."""
         return x.reshape(*x.shape[:2], *self.heads)
 
 
@@ -198,7 +198,7 @@ class HalfConvolutional(ProjectionModule):
         return self.convolved.kernel()
 
     def __call__(self, x: Float[Array, "B T D"], inputs: Inputs, convolved: Array | None) -> Float[Array, "B T H K"]:
-        """Both halves."""
+        """The convolution's heads, then the linear map's."""
         return jnp.concatenate([self.convolved(x, inputs, convolved), self.linear(x)], axis=2)
 
 

@@ -39,6 +39,13 @@ class SelfAttention(nn.Module):
         shared: Mapping[str, Any],
         outputs: tuple[str, ...] = (),
     ) -> tuple[Float[Array, "B T D"], dict[str, Array]]:
+        """The layer's output, and by name those of `outputs` that it has.
+
+        Args:
+          shared: what the terms of all layers share, by the names of `TERMS`' rows: position embeddings, say.
+          outputs: attention, dynamic_query, dynamic_key. A map of attention is made of arrays (B, H, T, T), whatever
+            `operations` holds: so too where a branch needs one.
+        """
         c = self.config
         heads, shape = (c.heads, c.head_size), c.term_shape()
         kinds = {"query": c.query_key, "key": c.query_key, "value": c.value}
