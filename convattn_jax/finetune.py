@@ -175,7 +175,7 @@ class Label(NamedTuple):
 
 
 def load_classifier(path: epath.PathLike, task: str) -> Callable[[Sequence[Any]], list[Label]]:
-    """A function from sentences, or pairs of them, to labels with probabilities, by the best seed of a task.
+    """A function from sentences, or tuples of two, to labels with probabilities, by the best seed of a task.
 
     Raises:
       UserError: the folder is no fine-tuning run, or has no finished run of the task.

@@ -84,6 +84,11 @@ def changes(stored: Mapping[str, Any], config: Mapping[str, Any], folder: object
       UserError: one differs that it does not name.
     """
     before, now = flatten(stored), flatten(config)
+    task = now.get("task")
+    check(
+        before.get("task", task) == task,
+        f"{folder} is the folder of another task, {before.get('task')}, not {task}: choose another --workdir",
+    )
     allowed = now.get("resume.allow", ())
     found = []
     for key in sorted(before.keys() | now.keys()):

@@ -2,12 +2,15 @@ import os
 import pathlib
 
 import jax
+import numpy as np
 import pytest
+import tiny
 from jax.experimental.compilation_cache import compilation_cache
 from played_bucket import played  # noqa: F401  the fixture `bucket`
 
-from convattn_jax import compiled
-from convattn_jax.config import UserError, parse
+from convattn_jax import compiled, sharding
+from convattn_jax.config import UserError, from_config, parse
+from convattn_jax.program import PretrainConfig, Program, made_up_vocabulary
 
 SETTINGS = (
     "jax_enable_compilation_cache",
@@ -98,3 +101,11 @@ def test_steps_on_gpus_leave_matrix_products_to_cublas(monkeypatch):
     assert compiled.options() is None  # on a CPU, whose compiler is told nothing
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     assert compiled.options() == {"xla_gpu_enable_triton_gemm": False}
+
+
+def test_a_training_step_is_compiled_with_these_options(monkeypatch, tmp_path):
+    monkeypatch.setattr(compiled, "options", lambda: {"xla_no_such_option": True})
+    c = from_config(PretrainConfig, tiny.config(tmp_path))
+    program = Program(c, made_up_vocabulary(16), np.ones(16, np.int64), sharding.make_mesh(c.mesh))
+    with pytest.raises(jax.errors.JaxRuntimeError, match="xla_no_such_option"):
+        program.lower().compile()

@@ -509,7 +509,7 @@ ERRORS = {
     "damaged file": (cut_off, RTE, "glue/RTE/train.tsv, line 9: "),
     "positions": (few_positions, [], "glue.length=128: the run of init_from has absolute positions for 16 tokens only"),
     "workdir": (unchanged, ["--workdir=run/config.json/deep"], "--workdir=run/config.json/deep cannot be written"),
-    "workdir of another run": (unchanged, ["--workdir=run"], "run was made with "),
+    "workdir of another run": (unchanged, ["--workdir=run"], "run is the folder of another task, pretrain, not"),
 }
 
 

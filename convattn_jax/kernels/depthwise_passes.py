@@ -190,7 +190,7 @@ def _d_sums(at: Program, chunk: Chunk, d_out_ref, slope_ref) -> list[Row]:
     rows, spec = [], at.spec
     for u in range(spec.walk.chunk):
         place = chunk.start + u
-        inside = place if spec.whole_chunks else jnp.minimum(place, spec.length - 1)
+        inside = jnp.minimum(place, spec.length - 1)
         row = at.load(d_out_ref, chunk.text, inside)
         if slope_ref is not None:
             row *= at.load(slope_ref, chunk.text, inside)
