@@ -92,21 +92,22 @@ def measure(suite: Suite, args: argparse.Namespace) -> tuple[dict[str, list[floa
     saved = peers.save_rows(padded)
     started: dict[str, peers.Peer] = {}
 
-    def start_peers() -> None:
-        for name, spec in specs.items():
-            if spec.peer and (spec.peer != "authors" or args.authors):
-                try:
-                    started[name] = peers.Peer(peer_config(spec, suite, args, saved))
-                    print(f"{name}: {started[name].facts}", file=sys.stderr, flush=True)
-                except peers.LeftOutError as error:
-                    leave_out(name, error)
+    def start_peer(name: str) -> None:
+        try:
+            started[name] = peers.Peer(peer_config(specs[name], suite, args, saved))
+            print(f"{name}: {started[name].facts}", file=sys.stderr, flush=True)
+        except peers.LeftOutError as error:
+            leave_out(name, error)
 
     try:
-        # peers compile while ours are traced, and are done before ours compile: compilers of both time kernels
-        with ThreadPoolExecutor(1) as background:
-            ready = background.submit(start_peers)
+        # peers compile while ours are traced, and are done before ours compile: compilers of both time kernels; two
+        # peers at a time, since each takes memory as if it were alone
+        wanted = [n for n, spec in specs.items() if spec.peer and (spec.peer != "authors" or args.authors)]
+        with ThreadPoolExecutor(2) as background:
+            starting = [background.submit(start_peer, name) for name in wanted]
             mine = {name: spec for name, spec in specs.items() if not spec.peer}
-            own = ours.steppers(mine, args.set, suite, leave_out, ready.result)
+            own = ours.steppers(mine, args.set, suite, leave_out, lambda: [start.result() for start in starting])
+        started = {name: started[name] for name in wanted if name in started}
         runs = {name: stepper.run for name, stepper in own.items()} | {n: peer.run for n, peer in started.items()}
         if jax.default_backend() != "cpu":
             runs[MATRIX] = ours.matrix_product(MATRIX_SIZE)

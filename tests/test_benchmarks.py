@@ -206,5 +206,5 @@ def test_a_peer_whose_library_is_missing_says_so(tmp_path, monkeypatch):
 def test_authors_code_that_is_not_at_the_path_is_an_error(tmp_path, monkeypatch):
     monkeypatch.delitem(sys.modules, "authors", raising=False)
     with pytest.raises(ModuleNotFoundError, match="authors"):
-        peers.authors_model(dataclasses.replace(PEER, kind="authors", path=str(tmp_path)))
+        peers.authors_model(dataclasses.replace(PEER, kind="authors", path=str(tmp_path)), padding=False)
     del sys.modules["authors"]
