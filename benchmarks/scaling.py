@@ -30,7 +30,7 @@ import numpy as np
 from jax.sharding import AxisType
 
 from benchmarks.settings import configured
-from convattn_jax import sharding
+from convattn_jax import compiled, sharding
 from convattn_jax.collectives import Collective, collectives
 from convattn_jax.config import from_config
 from convattn_jax.console import human
@@ -54,11 +54,11 @@ class Contender:
 
     @property
     def options(self) -> dict[str, Any]:
-        """The compiler's, as it takes them."""
+        """The compiler's, as it takes them: those of a run, and the variant's."""
         if self.variant == "default":
-            return {}
+            return compiled.options()
         pairs = (part.split("=", 1) for part in self.variant.split(","))
-        return {name: {"true": True, "false": False}.get(value, value) for name, value in pairs}
+        return compiled.options() | {name: {"true": True, "false": False}.get(value, value) for name, value in pairs}
 
 
 def contenders(size: str, meshes: list[str], devices: list[int], variants: list[str]) -> list[Contender]:
