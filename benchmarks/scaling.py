@@ -55,10 +55,11 @@ class Contender:
     @property
     def options(self) -> dict[str, Any]:
         """The compiler's, as it takes them: those of a run, and the variant's."""
+        usual = compiled.options() or {}
         if self.variant == "default":
-            return compiled.options()
+            return usual
         pairs = (part.split("=", 1) for part in self.variant.split(","))
-        return compiled.options() | {name: {"true": True, "false": False}.get(value, value) for name, value in pairs}
+        return usual | {name: {"true": True, "false": False}.get(value, value) for name, value in pairs}
 
 
 def contenders(size: str, meshes: list[str], devices: list[int], variants: list[str]) -> list[Contender]:
