@@ -10,13 +10,14 @@ import json
 import math
 import os
 import pathlib
-import subprocess
 import sys
 import tempfile
 import time
 from typing import Any
 
 import numpy as np
+
+from benchmarks.served import Served
 
 # torch and transformers are imported where they are used: this module also serves the side that has neither
 # pyright: reportMissingImports=false
@@ -50,37 +51,16 @@ class PeerConfig:
     sdpa: str = "auto"
 
 
-class LeftOutError(Exception):
-    """A peer that cannot run here, and why."""
-
-
-class Peer:
+class Peer(Served):
     """The near side: starts the process, asks it for steps."""
 
     def __init__(self, config: PeerConfig):
-        command = [sys.executable, "-m", "benchmarks.peers", json.dumps(dataclasses.asdict(config))]
-        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-        self.facts = self._answer()
+        super().__init__("benchmarks.peers", dataclasses.asdict(config))
 
     def run(self, steps: int) -> float:
         """Seconds for some steps."""
-        assert self.process.stdin is not None
-        self.process.stdin.write(f"{steps}\n")
-        self.process.stdin.flush()
-        return self._answer()["seconds"]
-
-    def close(self) -> None:
-        """Ends the process."""
-        self.process.communicate()
-
-    def _answer(self) -> dict[str, Any]:
-        assert self.process.stdout is not None
-        line = self.process.stdout.readline()
-        answer = json.loads(line) if line else {}
-        if not line or "error" in answer:
-            self.close()
-            raise LeftOutError(answer.get("error", f"its process ended with status {self.process.returncode}"))
-        return answer
+        self.ask(steps)
+        return self.answer()["seconds"]
 
 
 def save_rows(rows: np.ndarray) -> str:

@@ -23,6 +23,7 @@ from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+from benchmarks.served import LeftOutError
 from benchmarks.suites import HEADS, SUITES, Ratio, Spec, Suite
 
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # PyTorch shares the GPU
@@ -96,7 +97,7 @@ def measure(suite: Suite, args: argparse.Namespace) -> tuple[dict[str, list[floa
         try:
             started[name] = peers.Peer(peer_config(specs[name], suite, args, saved))
             print(f"{name}: {started[name].facts}", file=sys.stderr, flush=True)
-        except peers.LeftOutError as error:
+        except LeftOutError as error:
             leave_out(name, error)
 
     try:

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import tiny
 
-from benchmarks import attention, lengths, ours, peers, start, step
+from benchmarks import attention, lengths, ours, peers, served, start, step
 from benchmarks.settings import configured
 from benchmarks.suites import COMPOSITE, HF, PLAIN, SUITES, Ratio, Spec, Suite
 from convattn_jax.config import from_config
@@ -199,7 +199,7 @@ def test_peers_get_rows_with_the_asked_share_hidden():
 def test_a_peer_whose_library_is_missing_says_so(tmp_path, monkeypatch):
     (tmp_path / "torch.py").write_text("raise ImportError('no torch here')")
     monkeypatch.setenv("PYTHONPATH", f"{tmp_path}{os.pathsep}{os.environ.get('PYTHONPATH', '')}")
-    with pytest.raises(peers.LeftOutError, match="no torch here"):
+    with pytest.raises(served.LeftOutError, match="no torch here"):
         peers.Peer(PEER)
 
 

@@ -1,14 +1,15 @@
-"""The scaling benchmark at a toy size on two virtual devices, and what it reads off a schedule."""
+"""The scaling benchmark at a toy size on two devices, one process each, and what it reads off a schedule."""
 
 import json
 import os
 import pathlib
+import signal
 import subprocess
 import sys
 
 import pytest
 
-from benchmarks import projection, scaling
+from benchmarks import projection, scaling, scaling_worker
 from configs import base
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -24,7 +25,7 @@ SCHEDULE = """
 
 
 def test_kernels_beside_a_collective_are_counted():
-    assert scaling.overlaps(SCHEDULE) == [2, 1]
+    assert scaling_worker.overlaps(SCHEDULE) == [2, 1]
 
 
 def test_one_device_is_the_yardstick_whatever_is_asked_for():
@@ -34,12 +35,11 @@ def test_one_device_is_the_yardstick_whatever_is_asked_for():
 
 
 def test_the_benchmark_leaves_a_record_of_each_mesh(tmp_path):
-    flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=2"
     arguments = ["--devices=2", "--sizes=tiny", "--rows=2", "--length=16", "--vocabulary=60", "--turns=2", "--steps=1"]
     shape = [f"--set=model.{text}" for text in ("layers=1", "width=16", "hidden=32", "embedding=8", "vocab_multiple=8")]
     ended = subprocess.run(
         [sys.executable, "-m", "benchmarks.scaling", *arguments, *shape, f"--out={tmp_path}"],
-        env=os.environ | {"XLA_FLAGS": flags, "PYTHONPATH": str(ROOT)},
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
         capture_output=True,
         text=True,
     )
@@ -53,6 +53,17 @@ def test_the_benchmark_leaves_a_record_of_each_mesh(tmp_path):
     kinds = [{row[0] for row in r["collectives"]} for r in records]
     assert (kinds[0], kinds[1], "all-gather" in kinds[2]) == (set(), {"all-reduce"}, True)
     assert "| 2 | fsdp | default |" in (tmp_path / "scaling.md").read_text()
+
+
+def test_who_gives_no_answer_is_ended_and_left_out(tmp_path, monkeypatch):
+    silent = tmp_path / "python"
+    silent.write_text("#!/bin/sh\nexec sleep 60\n")
+    silent.chmod(0o755)
+    monkeypatch.setattr(served.sys, "executable", str(silent))
+    worker = served.Served("anything", {}, patience=0.1, later=True)
+    with pytest.raises(served.LeftOutError, match="no answer within"):
+        worker.answer()
+    assert worker.process.returncode == -signal.SIGABRT
 
 
 def test_the_projection_in_the_documents_is_the_one_that_is_computed():
