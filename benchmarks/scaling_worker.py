@@ -80,7 +80,8 @@ class Runner:
         )
         rows[:, :, 0], rows[:, :, c.data.length // 2], rows[:, :, -1] = 2, 3, 3
         self.batches = [
-            sharding.global_batch(lambda first, count, b=b: b[first : first + count], *b.shape, mesh) for b in rows
+            sharding.global_batch(lambda first, count, b=b: b[first : first + count], len(b), c.data.length, mesh)
+            for b in rows
         ]
         self.state = self.program.init(jax.random.key(0))
 

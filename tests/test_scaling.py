@@ -9,7 +9,7 @@ import sys
 
 import pytest
 
-from benchmarks import projection, scaling, scaling_worker
+from benchmarks import projection, scaling, scaling_worker, served
 from configs import base
 
 ROOT = pathlib.Path(__file__).parent.parent
