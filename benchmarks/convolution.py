@@ -47,7 +47,7 @@ NAMES = ("query", "key", "value")
 
 
 def draw(problem: Problem, seed: int = 0) -> tuple[dict[str, Any], Inputs]:
-    """x, the gradients of the projections, their parameters; full rows."""
+    """x, the gradients of its use elsewhere and of the projections, their parameters; full rows."""
     b, t, d, n, dtype = problem
     random = np.random.default_rng(seed)
 
@@ -56,7 +56,7 @@ def draw(problem: Problem, seed: int = 0) -> tuple[dict[str, Any], Inputs]:
 
     taps = [(normal(2 * n + 1, d, scale=0.2), normal(d, scale=0.2)) for _ in NAMES]
     matrices = [(normal(d, d, scale=d**-0.5), normal(d)) for _ in NAMES]
-    arrays = {"x": normal(b, t, d, dtype=dtype), "g": [normal(b, t, d, dtype=dtype) for _ in NAMES]}
+    arrays = {"x": normal(b, t, d, dtype=dtype), "g": [normal(b, t, d, dtype=dtype) for _ in ("x", *NAMES)]}
     ones = jnp.ones((b, t), jnp.int32)
     return arrays | {"taps": taps, "matrices": matrices}, Inputs(ones, ones, ones, ones, ones)
 
@@ -64,10 +64,10 @@ def draw(problem: Problem, seed: int = 0) -> tuple[dict[str, Any], Inputs]:
 # --- forms of the convolution ----------------------------------------------------------------------------------------
 
 
-def shifted(x: Array, kernels: Any, inputs: Inputs) -> tuple[Array, ...]:
+def shifted(x: Array, kernels: Any, inputs: Inputs) -> tuple[Array, tuple[Array, ...]]:
     """Shifted multiply-adds with a hand-written gradient: float32 sums, one expression for the gradient of x."""
     activations = tuple(kernel.activation for kernel in kernels)
-    return _shifted(activations, x, tuple(kernel[:2] for kernel in kernels), inputs)
+    return x, _shifted(activations, x, tuple(kernel[:2] for kernel in kernels), inputs)
 
 
 def _offsets(taps: Array) -> list[tuple[int, int]]:
@@ -119,14 +119,14 @@ def _shifted_backward(activations: tuple[bool, ...], saved: Any, d_outs: tuple[A
 _shifted.defvjp(_shifted_forward, _shifted_backward)
 
 
-def by_kernel(x: Array, kernels: Any, inputs: Inputs, **options: Any) -> tuple[Array, ...]:
+def by_kernel(x: Array, kernels: Any, inputs: Inputs, **options: Any) -> tuple[Array, tuple[Array, ...]]:
     """The fused kernel."""
     return depthwise_convolutions(x, kernels, inputs.query_segments, inputs.key_segments, **options)
 
 
-def no_convolution(x: Array, kernels: Any, inputs: Inputs) -> tuple[Array, ...]:
+def no_convolution(x: Array, kernels: Any, inputs: Inputs) -> tuple[Array, tuple[Array, ...]]:
     """Linear projections."""
-    return (x,) * len(kernels)
+    return x, (x,) * len(kernels)
 
 
 FORMS: dict[str, Convolve] = {
@@ -141,13 +141,13 @@ FORMS: dict[str, Convolve] = {
 
 
 def with_gradients(convolve: Convolve, inputs: Inputs, pointwise: bool = True) -> Callable[..., Any]:
-    """The projections and the gradients of x and all parameters."""
+    """x for its use elsewhere, the projections, and the gradients of x and all parameters."""
 
     def project(x: Array, taps: Any, matrices: Any) -> list[Array]:
-        outs = convolve(x, [Kernel(*pair, activation=True) for pair in taps], inputs)
+        x, outs = convolve(x, [Kernel(*pair, activation=True) for pair in taps], inputs)
         if not pointwise:
-            return list(outs)
-        return [linear(out, *matrix) for out, matrix in zip(outs, matrices, strict=True)]
+            return [x, *outs]
+        return [x, *(linear(out, *matrix) for out, matrix in zip(outs, matrices, strict=True))]
 
     @jax.jit
     def both(x: Array, taps: Any, matrices: Any, g: Any):

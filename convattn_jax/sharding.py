@@ -270,7 +270,7 @@ def shard_convolution(convolve: Convolve, mesh: Mesh) -> Convolve:
         return convolve
     axes, parts = BATCH[0], row_parts(mesh)
 
-    def sharded(x: jax.Array, kernels: Sequence[Kernel], inputs: Inputs) -> tuple[jax.Array, ...]:
+    def sharded(x: jax.Array, kernels: Sequence[Kernel], inputs: Inputs) -> tuple[jax.Array, tuple[jax.Array, ...]]:
         if x.shape[0] % parts:
             return convolve(x, kernels, inputs)
 

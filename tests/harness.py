@@ -240,7 +240,7 @@ class Layer:
             name: module.apply({"params": tree["shared"][name]}, inputs)
             for name, module in self._shared_modules().items()
         }
-        return self._mixer().apply({"params": tree["own"]}, tree["x"], inputs, None, made)[0]
+        return self._mixer().apply({"params": tree["own"]}, tree["x"], inputs, None, made)[1]
 
     def _run(self, tree: Tree, inputs: Inputs, weights: jax.Array) -> tuple[jax.Array, Tree]:
         def weighted(tree: Tree):

@@ -25,7 +25,7 @@ WIDE = Walk(channels=8, warps=4, chunk=8, run=16, texts=1)
 
 
 def draw(T, D=8, radii=(1, 2), activations=(True, False), seed=0, dtype="float32"):
-    """x, kernels, gradients of the outputs, two texts with segments: packed ones, and padding that sees the text."""
+    """x, kernels, gradients of x elsewhere and of the outputs; packed segments, and padding that sees its text."""
     random = np.random.default_rng(seed)
 
     def normal(*shape, dtype="float32"):
@@ -40,7 +40,7 @@ def draw(T, D=8, radii=(1, 2), activations=(True, False), seed=0, dtype="float32
     keys[1, T - T // 3 :] = 0
     segments = jnp.asarray(queries), jnp.asarray(keys)
     inputs = Inputs(segments[0], segments[0], segments[0], *segments)
-    return normal(2, T, D, dtype=dtype), kernels, tuple(normal(2, T, D, dtype=dtype) for _ in radii), inputs
+    return normal(2, T, D, dtype=dtype), kernels, tuple(normal(2, T, D, dtype=dtype) for _ in (0, *radii)), inputs
 
 
 def kernel(x, kernels, inputs, forward=RUNS, backward=RUNS):
@@ -49,13 +49,14 @@ def kernel(x, kernels, inputs, forward=RUNS, backward=RUNS):
 
 
 def with_gradients(form, x, kernels, g, inputs, times=1):
-    """Outputs, and gradients of x and of every (taps, bias); a list of the results of several runs."""
+    """x and outputs, and gradients of x and of every (taps, bias); a list of the results of several runs."""
     activations = [kernel.activation for kernel in kernels]
 
     @jax.jit
     def both(x, learned, g, inputs):
         def outputs(x, learned):
-            return tuple(form(x, [Kernel(*p, a) for p, a in zip(learned, activations, strict=True)], inputs))
+            x, outs = form(x, [Kernel(*p, a) for p, a in zip(learned, activations, strict=True)], inputs)
+            return x, *outs
 
         out, pull = jax.vjp(outputs, x, learned)
         return out, pull(g)
@@ -97,7 +98,7 @@ def test_in_bfloat16_only_what_is_stored_is_rounded():
     ours = with_gradients(kernel, x, kernels, g, inputs)
     exact = with_gradients(convolve, x.astype("float32"), kernels, tuple(y.astype("float32") for y in g), inputs)
     types = [[leaf.dtype.name for leaf in jax.tree.leaves(part)] for part in (ours[0], ours[1])]
-    assert types == [["bfloat16"] * 2, ["bfloat16"] + ["float32"] * 4]
+    assert types == [["bfloat16"] * 3, ["bfloat16"] + ["float32"] * 4]
     assert_close(ours[0], exact[0], 2e-3)  # one rounding; the plain form: 4e-3
     assert_close(ours[1], exact[1], 3e-3)  # gelu's derivative and the result; the plain form: 7e-3
     assert_close(ours[1][1][1], exact[1][1][1], 1e-5)  # taps without gelu: none
@@ -113,7 +114,7 @@ def test_vmap_of_the_gradient_is_the_gradient_of_each():
 
     def gradient(x, learned, g):
         def loss(x, learned):
-            return (kernel(x, [Kernel(*learned, True)], inputs)[0] * g).sum()
+            return (kernel(x, [Kernel(*learned, True)], inputs)[1][0] * g).sum()
 
         return jax.grad(loss, argnums=(0, 1))(x, learned)
 
@@ -133,7 +134,7 @@ def test_it_lowers_for_gpus_as_it_walks_by_default(dtype):
     def loss(x, learned):
         kernels = [Kernel(*pair, True) for pair in learned]
         ones = jnp.ones(x.shape[:2], jnp.int32)
-        return sum(out.sum() for out in depthwise_convolutions(x, kernels, ones, ones))
+        return sum(out.sum() for out in depthwise_convolutions(x, kernels, ones, ones)[1])
 
     step = jax.jit(jax.grad(loss, argnums=(0, 1)))
     text = step.trace(x, [pair] * 3).lower(lowering_platforms=("cuda",)).as_text()

@@ -263,7 +263,7 @@ def test_projections_mean_what_pytorch_means(text, flag, name):
     inputs = from_mask(jnp.zeros((1, length), jnp.int32), jnp.asarray([[1] * (length - padded) + [0] * padded]))
     module = projection(c.value if name == "value" else c.query_key, c.width, (c.heads, c.head_size), name)
     params = variables["params"]["encoder"]["layer_0"]["attention"][name]
-    alone = nn.apply(lambda module, *args: separate(project([module] * 3, *args, convolve))[0], module)
+    alone = nn.apply(lambda module, *args: separate(project([module] * 3, *args, convolve)[1])[0], module)
     found = jax.jit(alone)({"params": params}, x, inputs)
     own = {key.rpartition("self.")[2]: array for key, array in tensors.items() if "self." in key}
     np.testing.assert_allclose(np.reshape(found, (length, -1)), projected(text, x[0], own, name), rtol=0, atol=1e-12)

@@ -30,7 +30,7 @@ def convolution_implementation(platform: str, radii: Sequence[int], dtype: str, 
     return choice.choose("depthwise convolution", rows, forced if forced in ("auto", *rows) else "plain", platform)
 
 
-def _convolve(kernel: str, x: Array, kernels: Sequence[Kernel], inputs: Inputs) -> tuple[Array, ...]:
+def _convolve(kernel: str, x: Array, kernels: Sequence[Kernel], inputs: Inputs) -> tuple[Array, tuple[Array, ...]]:
     radii = [one.taps.shape[0] // 2 for one in kernels]
     if convolution_implementation(choice.default_platform(), radii, x.dtype.name, kernel) == "plain":
         return convolution.convolve(x, kernels, inputs)

@@ -48,8 +48,10 @@ def depthwise_convolutions(
     forward: Walk = FORWARD,
     backward: Walk = BACKWARD,
     interpret: bool = False,
-) -> tuple[Float[Array, "B T D"], ...]:
-    """One array for each kernel, in the type of x.
+) -> tuple[Float[Array, "B T D"], tuple[Float[Array, "B T D"], ...]]:
+    """x itself and one array for each kernel, in its type.
+
+    The gradient that comes back for the returned x is added to that of the convolutions as it is written.
 
     Args:
       query_segments, key_segments: position t is reached from those whose segment is t's, and not 0; none is negative.
@@ -81,8 +83,8 @@ def _fitted(walk: Walk, batch: int) -> Walk:
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _convolutions(
     specs: tuple[Spec, ...], operands: Operands, query_segments: Array, key_segments: Array
-) -> tuple[Array, ...]:
-    return _run(specs[0], operands, query_segments, key_segments, differentiated=False)[0]
+) -> tuple[Array, tuple[Array, ...]]:
+    return operands.x, _run(specs[0], operands, query_segments, key_segments, differentiated=False)[0]
 
 
 def _run(spec: Spec, operands: Operands, query_segments: Array, key_segments: Array, differentiated: bool):
@@ -91,13 +93,13 @@ def _run(spec: Spec, operands: Operands, query_segments: Array, key_segments: Ar
 
 def _forward(specs: tuple[Spec, ...], operands: Operands, query_segments: Array, key_segments: Array):
     outs, slopes = _run(specs[0], operands, query_segments, key_segments, differentiated=True)
-    return outs, (operands, query_segments, key_segments, slopes)
+    return (operands.x, outs), (operands, query_segments, key_segments, slopes)
 
 
-def _backward(specs: tuple[Spec, ...], saved, d_outs: tuple[Array, ...]):
+def _backward(specs: tuple[Spec, ...], saved, d_results: tuple[Array, tuple[Array, ...]]):
     operands, query_segments, key_segments, slopes = saved
     segments = segments_of(specs[1], query_segments, key_segments)
-    return Operands(*depthwise_passes.backward(specs[1], operands, segments, slopes, d_outs)), None, None
+    return Operands(*depthwise_passes.backward(specs[1], operands, segments, slopes, *d_results)), None, None
 
 
 _convolutions.defvjp(_forward, _backward)

@@ -17,12 +17,14 @@ from convattn_jax.kernels import tile
 from convattn_jax.kernels.depthwise_program import (
     Ahead,
     Chunk,
+    Conditions,
     Operands,
     Program,
     Row,
     Segments,
     Spec,
     Weights,
+    both,
     convolved,
     only,
     raw_rows,
@@ -117,9 +119,10 @@ def backward(
     operands: Operands,
     segments: Segments,
     slopes: tuple[Array | None, ...],
+    d_elsewhere: Array,
     d_outs: tuple[Array, ...],
 ) -> tuple[Array, tuple[Array, ...], tuple[Array, ...]]:
-    """Gradients of x, in its type, and of taps and biases, in float32.
+    """Gradients of x, in its type, `d_elsewhere` added, and of taps and biases, in float32.
 
     A program writes its share of the taps' gradient, the bias's in the last row; the shares are summed outside.
     """
@@ -133,8 +136,8 @@ def backward(
         spec,
         _backward_kernel,
         "depthwise_backward",
-        (operands, segments, slopes, d_outs),
-        [*specs, tuple(None if slope is None else rows for slope in slopes), (rows,) * len(heights)],
+        (operands, segments, slopes, d_outs, d_elsewhere),
+        [*specs, tuple(None if slope is None else rows for slope in slopes), (rows,) * len(heights), rows],
         (rows, tuple(share_specs)),
         (
             jax.ShapeDtypeStruct(operands.x.shape, operands.x.dtype),
@@ -146,7 +149,7 @@ def backward(
 
 
 def _backward_kernel(
-    at: Program, refs: Operands, segments: Segments, slope_refs, d_out_refs, d_x_ref, share_refs
+    at: Program, refs: Operands, segments: Segments, slope_refs, d_out_refs, d_elsewhere_ref, d_x_ref, share_refs
 ) -> None:
     spec, walk = at.spec, at.spec.walk
     run, per_run = pl.program_id(0), walk.run // walk.chunk
@@ -162,19 +165,23 @@ def _backward_kernel(
     weights = Weights.load(refs)
 
     def of_chunk(text: Array, number: Array, carry):
-        read, rows, sums = carry
+        read, rows, entering, sums = carry
         chunk = Chunk.of(spec, segments, text, number, *read)
         ahead = Ahead.load(at, refs.x, segments, text, number + 1)
+        following = raw_rows(at, d_elsewhere_ref, text, chunk.start + walk.chunk + spec.reach, walk.chunk)
         d_sums = [_d_sums(at, chunk, *refs) for refs in zip(d_out_refs, slope_refs, strict=True)]
         own = (own_first <= number) & (number < own_last) if spec.runs > 1 else None
-        rows, sums = _chunk_gradient(at, weights, chunk, d_sums, own, rows + [at.zero] * walk.chunk, sums)
+        rows, sums = _chunk_gradient(at, weights, chunk, d_sums, own, rows + widened(entering), sums)
         for u in range(walk.chunk):  # no later chunk reaches these
             keep(text, chunk.start - spec.reach + u, rows[u])
-        return (chunk.window[walk.chunk :], ahead), rows[walk.chunk :], sums
+        return (chunk.window[walk.chunk :], ahead), rows[walk.chunk :], following, sums
 
     def of_text(text: Array, sums):
-        carry = start_reading(at, refs.x, segments, text, first), [at.zero] * (2 * spec.reach), sums
-        _, rows, sums = lax.fori_loop(first, last, lambda number, carry: of_chunk(text, number, carry), carry)
+        start = first * walk.chunk - spec.reach
+        rows = raw_rows(at, d_elsewhere_ref, text, start, 2 * spec.reach + walk.chunk)
+        rows, entering = widened(rows[: 2 * spec.reach]), rows[2 * spec.reach :]
+        carry = start_reading(at, refs.x, segments, text, first), rows, entering, sums
+        _, rows, _, sums = lax.fori_loop(first, last, lambda number, carry: of_chunk(text, number, carry), carry)
         for step, row in enumerate(rows):
             keep(text, last * walk.chunk - spec.reach + step, row)
         return sums
@@ -183,6 +190,11 @@ def _backward_kernel(
     for ref, totals in zip(share_refs, sums, strict=True):
         for tap, total in enumerate(totals):
             ref[tap, :] = total
+
+
+def widened(rows: list[Array]) -> list[Row]:
+    """Rows as they lie in memory, as float32."""
+    return [row.astype(jnp.float32) for row in rows]
 
 
 def _d_sums(at: Program, chunk: Chunk, d_out_ref, slope_ref) -> list[Row]:
@@ -208,9 +220,9 @@ def _chunk_gradient(
         for (*taps, bias), rows in zip(sums, d_sums, strict=True)
     ]
 
-    def of_segment(sees: list[Array], owns: list[Array], carry):
+    def of_segment(sees: Conditions, owns: Conditions, carry):
         rows, sums = carry
-        seen = [only(there if own is None else there & own, row) for there, row in zip(sees, chunk.window, strict=True)]
+        seen = [only(both(there, own), row) for there, row in zip(sees, chunk.window, strict=True)]
         to_rows: list[list[tuple[Row, Row]]] = [[] for _ in rows]
         new_sums = []
         for radius, taps, d_sum, (*totals, bias) in zip(spec.radii, weights.taps, d_sums, sums, strict=True):

@@ -6,7 +6,7 @@ Everything below `Operands` runs inside a Pallas kernel.
 import dataclasses
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -20,6 +20,7 @@ from convattn_jax.model.layers import ERFC, ERFC_SCALE
 
 Leaf = Any  # an array; in a kernel its reference; in a call of Pallas its block
 Row = Array  # a value for each channel of the block, float32
+Conditions = Sequence[Array | None]  # scalars; None holds
 
 
 @dataclasses.dataclass(frozen=True)
@@ -166,9 +167,19 @@ class Program:
         return x * below, self.fma(x * (2 * math.pi) ** -0.5, bell, below)
 
 
-def only(condition: Array, row: Row) -> Row:
+def chosen(condition: Array | None, row: Row, other: Row) -> Row:
+    """The row where a scalar condition holds (None: it does), else the other."""
+    return row if condition is None else jnp.where(condition, row, other)
+
+
+def only(condition: Array | None, row: Row) -> Row:
     """The row where a scalar condition holds, else zeros."""
-    return jnp.where(condition, row, jnp.zeros_like(row))
+    return chosen(condition, row, jnp.zeros_like(row))
+
+
+def both(a: Array | None, b: Array | None) -> Array | None:
+    """Whether two scalar conditions hold."""
+    return b if a is None else a if b is None else a & b
 
 
 class Weights(NamedTuple):
@@ -196,6 +207,11 @@ class Member(NamedTuple):
         at = number * spec.walk.chunk + jnp.minimum(g, spec.walk.chunk - 1)
         return Member([segments.sees[text, at * spec.words + i] for i in range(spec.words)], segments.owns[text, at])
 
+    def whole(self, rows: int, positions: int) -> Array:
+        """Whether every row of the window and every position of the chunk belongs to the segment."""
+        words = [(word, min(32, rows - 32 * i)) for i, word in enumerate(self.sees)] + [(self.owns, positions)]
+        return functools.reduce(jnp.logical_and, (word == _ones(count) for word, count in words))
+
     def rows(self, count: int) -> list[Array]:
         """Whether each row of the window belongs to the segment."""
         return [_bit(self.sees[row // 32], row % 32) for row in range(count)]
@@ -203,6 +219,10 @@ class Member(NamedTuple):
     def positions(self, count: int) -> list[Array]:
         """Whether each position of the chunk does."""
         return [_bit(self.owns, position) for position in range(count)]
+
+
+def _ones(count: int) -> np.int32:
+    return np.uint32((1 << count) - 1).astype(np.int32)
 
 
 def _bit(word: Array, number: int) -> Array:
@@ -241,15 +261,24 @@ class Chunk(NamedTuple):
         window = before + [row.astype(jnp.float32) for row in ahead.rows]
         return Chunk(text, number, number * spec.walk.chunk, window, ahead.member, ahead.several, segments)
 
-    def each_segment(self, spec: Spec, body: Callable[[list[Array], list[Array], Any], Any], carry: Any) -> Any:
-        """body(which rows of the window, which positions, carry) for each of the chunk's segments."""
+    def each_segment(self, spec: Spec, body: Callable[[Conditions, Conditions, Any], Any], carry: Any) -> Any:
+        """body(which rows of the window, which positions, carry) for each of the chunk's segments.
+
+        Where the whole window is one segment, as nearly everywhere, nothing is tested: None stands for each condition.
+        """
 
         def of_segment(g: Array, carry: Any) -> Any:
             member, carry = carry
             following = Member.load(spec, self.segments, self.text, self.number, g + 1)
             return following, body(member.rows(len(self.window)), member.positions(spec.walk.chunk), carry)
 
-        return lax.fori_loop(0, self.several, of_segment, (self.member, carry))[1]
+        rows, positions = len(self.window), spec.walk.chunk
+        return lax.cond(
+            self.member.whole(rows, positions),
+            lambda carry: body([None] * rows, [None] * positions, carry),
+            lambda carry: lax.fori_loop(0, self.several, of_segment, (self.member, carry))[1],
+            carry,
+        )
 
 
 def raw_rows(at: Program, x_ref, text: Array, first: Array, count: int) -> list[Array]:
@@ -261,13 +290,13 @@ def convolved(at: Program, weights: Weights, chunk: Chunk) -> list[list[Row]]:
     """For each convolution, its value at each position of the chunk, the bias included."""
     spec, size = at.spec, at.spec.walk.chunk
 
-    def of_segment(sees: list[Array], owns: list[Array], sums: list[list[Row]]) -> list[list[Row]]:
+    def of_segment(sees: Conditions, owns: Conditions, sums: list[list[Row]]) -> list[list[Row]]:
         seen = [only(there, row) for there, row in zip(sees, chunk.window, strict=True)]
         results = []
         for radius, taps, bias, before in zip(spec.radii, *weights, sums, strict=True):
             rows = seen[spec.reach - radius :]
             totals = [at.add_products(bias, list(zip(rows[u:], taps, strict=False))) for u in range(size)]
-            results.append([jnp.where(own, new, old) for own, new, old in zip(owns, totals, before, strict=True)])
+            results.append([chosen(own, new, old) for own, new, old in zip(owns, totals, before, strict=True)])
         return results
 
     return chunk.each_segment(spec, of_segment, [[bias] * size for bias in weights.biases])

@@ -19,7 +19,7 @@ def depthwise_branch(
 ) -> Float[Array, "B T H K"]:
     """s_h DWConv(v)_i, on the projected values with padding zeroed (Chang et al. 2021, section 4)."""
     clean = v * inputs.valid[..., None, None].astype(v.dtype)
-    return convolve(clean, [kernel], inputs)[0] * scale[:, None].astype(v.dtype)
+    return convolve(clean, [kernel], inputs)[1][0] * scale[:, None].astype(v.dtype)
 
 
 def relative_values(alpha: Float[Array, "B H T S"], taps: Float[Array, "K W"]) -> Float[Array, "B T H K"]:

@@ -52,13 +52,19 @@ class Kernel(NamedTuple):
     activation: bool = False
 
 
-Convolve = Callable[[Array, Sequence[Kernel], Inputs], tuple[Array, ...]]  # the signature of `convolve`
+Convolve = Callable[[Array, Sequence[Kernel], Inputs], tuple[Array, tuple[Array, ...]]]  # as `convolve`
 
 
-def convolve(x: Float[Array, "B T *channels"], kernels: Sequence[Kernel], inputs: Inputs) -> tuple[Array, ...]:
-    """What each kernel makes of x, as plain array operations: the meaning of every faster form, and its fallback."""
+def convolve(
+    x: Float[Array, "B T *channels"], kernels: Sequence[Kernel], inputs: Inputs
+) -> tuple[Array, tuple[Array, ...]]:
+    """x itself, and what each kernel makes of it, as plain array operations: the meaning of every faster form.
+
+    A faster form adds up x's gradient as it writes it; what else reads x should read the one that is returned, so that
+    its share is in that sum.
+    """
     sums = [depthwise(x, kernel.taps, inputs) + kernel.bias.astype(x.dtype) for kernel in kernels]
-    return tuple(gelu(total) if kernel.activation else total for kernel, total in zip(kernels, sums, strict=True))
+    return x, tuple(gelu(total) if kernel.activation else total for kernel, total in zip(kernels, sums, strict=True))
 
 
 def grouped(

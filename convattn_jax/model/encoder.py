@@ -69,7 +69,7 @@ class Block(nn.Module):
         c = self.config
         seeds = (None, None, None) if seed is None else tuple(seed)
         mixer = MIXERS[c.mixer].module(c, self.operations, name="attention")
-        out, asked = mixer(x, inputs, seeds[0], shared, self.outputs)
+        x, out, asked = mixer(x, inputs, seeds[0], shared, self.outputs)
         add_norm = self.operations.add_norm
         x = LayerNorm(c.width, add_norm, name="attention_norm")(x, out, c.dropout, seeds[1])
         hidden = gelu(Linear((c.width,), (c.hidden,), name="mlp_in")(x))

@@ -23,7 +23,7 @@ from convattn_jax.model.operations import PLAIN, Operations
 from convattn_jax.model.projections import Depthwise, taps_init
 from convattn_jax.model.self_attention import SelfAttention
 
-Mixed = tuple[Float[Array, "B T D"], dict[str, Array]]
+Mixed = tuple[Float[Array, "B T D"], Float[Array, "B T D"], dict[str, Array]]  # as of `SelfAttention`
 
 
 # --- Wu et al. 2019: convolutions with softmax-normalised taps, no content term ---
@@ -57,7 +57,7 @@ class LightweightConvolution(nn.Module):
         value, gate = (Linear((c.width,), heads, name=name)(x) for name in ("value", "gate"))
         v = value * jax.nn.sigmoid(gate)
         out = lightweight(v, self.logits(v), inputs)
-        return Linear(heads, (c.width,), name="output")(out), {}
+        return x, Linear(heads, (c.width,), name="output")(out), {}
 
     def logits(self, v: Float[Array, "B T H K"]) -> Float[Array, "#B #T H W"]:
         """The same taps at every position."""
@@ -104,11 +104,11 @@ class SpanDynamicConvolution(nn.Module):
     ) -> Mixed:
         c = self.config
         half, heads = (c.heads // 2, c.head_size), (c.heads, c.head_size)
-        x = x * inputs.valid[..., None].astype(x.dtype)
-        q, k = (Linear((c.width,), half, name=name)(x) for name in ("query", "key"))
-        v = Linear((c.width,), heads, name="value")(x)
+        clean = x * inputs.valid[..., None].astype(x.dtype)
         kernel = Depthwise((c.width,), c.radius, name="span_depthwise")()
-        (span,) = self.operations.convolve(x, [kernel], inputs)
+        clean, (span,) = self.operations.convolve(clean, [kernel], inputs)
+        q, k = (Linear((c.width,), half, name=name)(clean) for name in ("query", "key"))
+        v = Linear((c.width,), heads, name="value")(clean)
         span = Linear((c.width,), half, name="span_pointwise")(span)
         kernels = Linear(half, (half[0], c.taps), name="span_kernel")(q * span)
 
@@ -122,7 +122,8 @@ class SpanDynamicConvolution(nn.Module):
         )
         alpha = self.normalised(scores, inputs)
         out = weighted_values(drop(alpha, c.attention_dropout, seed), v)
-        return Linear(heads, (c.width,), name="output")(out), {"attention": alpha} if "attention" in outputs else {}
+        asked = {"attention": alpha} if "attention" in outputs else {}
+        return x, Linear(heads, (c.width,), name="output")(out), asked
 
     def normalised(self, scores: Float[Array, "B H T S"], inputs: Inputs) -> Float[Array, "B H T S"]:
         """Softmax over what is visible; a convolving head sees its window only."""

@@ -71,8 +71,10 @@ class ProjectionModule(nn.Module):
         raise NotImplementedError
 
 
-def project(modules: Sequence[ProjectionModule], x: Float[Array, "B T D"], inputs: Inputs, convolve: Convolve) -> QKV:
-    """Queries, keys and values of x, each by its module.
+def project(
+    modules: Sequence[ProjectionModule], x: Float[Array, "B T D"], inputs: Inputs, convolve: Convolve
+) -> tuple[Float[Array, "B T D"], QKV]:
+    """x, for what else reads it (see `Convolve`), and its queries, keys and values, each by its module.
 
     Three linear maps are one product, which reads x once, forward and backward. Depthwise convolutions, if any, are one
     call, which may do the same.
@@ -81,17 +83,18 @@ def project(modules: Sequence[ProjectionModule], x: Float[Array, "B T D"], input
     if len(linear_ones) == len(modules):
         kernels, biases = zip(*(module.weights() for module in linear_ones), strict=True)
         # a head's three parts are neighbours: a device that holds some of the heads holds a run of columns
-        return linear(x, jnp.stack(kernels, axis=2), jnp.stack(biases, axis=1))
+        return x, linear(x, jnp.stack(kernels, axis=2), jnp.stack(biases, axis=1))
     kernels = [module.kernel() for module in modules]
     wanted = [kernel for kernel in kernels if kernel is not None]
-    convolved = iter(convolve(x, wanted, inputs) if wanted else ())  # which never reads padding
+    x, outs = convolve(x, wanted, inputs) if wanted else (x, ())  # which never reads padding
+    convolved, clean = iter(outs), x
     if any(module.config.kind in CONVOLUTIONS for module in modules):
-        x = x * inputs.valid[..., None].astype(x.dtype)
+        clean = x * inputs.valid[..., None].astype(x.dtype)
     q, k, v = (
-        module(x, inputs, None if kernel is None else next(convolved))
+        module(clean, inputs, None if kernel is None else next(convolved))
         for module, kernel in zip(modules, kernels, strict=True)
     )
-    return q, k, v
+    return x, (q, k, v)
 
 
 class LinearProjection(ProjectionModule):

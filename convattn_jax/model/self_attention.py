@@ -38,8 +38,8 @@ class SelfAttention(nn.Module):
         seed: Seed | None,
         shared: Mapping[str, Any],
         outputs: tuple[str, ...] = (),
-    ) -> tuple[Float[Array, "B T D"], dict[str, Array]]:
-        """The layer's output, and by name those of `outputs` that it has.
+    ) -> tuple[Float[Array, "B T D"], Float[Array, "B T D"], dict[str, Array]]:
+        """x, for what else reads it (see `Convolve`), the layer's output, and by name those of `outputs` that it has.
 
         Args:
           shared: what the terms of all layers share, by the names of `TERMS`' rows: position embeddings, say.
@@ -50,7 +50,7 @@ class SelfAttention(nn.Module):
         heads, shape = (c.heads, c.head_size), c.term_shape()
         kinds = {"query": c.query_key, "key": c.query_key, "value": c.value}
         projections = [projection(kind, c.width, heads, name) for name, kind in kinds.items()]
-        qkv = project(projections, x, inputs, self.operations.convolve)
+        x, qkv = project(projections, x, inputs, self.operations.convolve)
         rotate = ROTATIONS[c.rotation].function
         if rotate is not no_rotation:
             q, k, v = separate(qkv)
@@ -74,7 +74,7 @@ class SelfAttention(nn.Module):
             out = self.operations.attend(qkv, score, *segments, c.attention_dropout, seed)
         for name in c.branches:
             out += BRANCHES[name].module(shape, name=name)(v, alpha, inputs)
-        return Linear(heads, (c.width,), name="output")(out), asked
+        return x, Linear(heads, (c.width,), name="output")(out), asked
 
 
 def _term(name: str, shape: TermShape) -> nn.Module:
