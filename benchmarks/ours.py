@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from typing import Any, NamedTuple
 
 import jax
@@ -89,7 +89,11 @@ def steppers(
     leave_out: Callable[[str, Exception], None],
     before_compiling: Callable[[], Any] = lambda: None,
 ) -> dict[str, Stepper]:
-    """Contenders, traced and then compiled side by side; one that fails is handed to leave_out(name, error)."""
+    """Contenders, traced and then compiled; one that fails is handed to leave_out(name, error).
+
+    The first is compiled alone: XLA times the forms of each matrix product, which needs a quiet device, and remembers
+    its choice, so that all contenders take the same one. The others are compiled side by side.
+    """
     lowered, made, rows = {}, {}, rows_by_layout(suite)
     for name, spec in specs.items():
         try:
@@ -98,10 +102,12 @@ def steppers(
             leave_out(name, error)
     before_compiling()
     with ThreadPoolExecutor(8) as pool:
-        futures = {
-            name: [pool.submit(start.compile), pool.submit(step.compile, compiler_options(specs[name]))]
-            for name, (start, step, *_) in lowered.items()
-        }
+        futures = {}
+        for name, (start, step, *_) in lowered.items():
+            first = not futures
+            futures[name] = [pool.submit(start.compile), pool.submit(step.compile, compiler_options(specs[name]))]
+            if first:
+                wait(futures[name])
     for name, (start, step) in futures.items():
         try:
             made[name] = _stepper(start.result(), step.result(), *lowered[name][2:])

@@ -24,7 +24,6 @@ import socket
 import statistics
 import sys
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from benchmarks.scaling_worker import AXES, Contender, Shape
@@ -113,12 +112,12 @@ def measure(size: str, args: argparse.Namespace) -> list[dict[str, Any]]:
     shape = Shape(args.rows, args.length, args.vocabulary, tuple(args.set))
     chosen = contenders(size, args.meshes, args.devices, args.variants)
     counts = sorted({one.devices for one in chosen})
-    groups = {
-        n: Group(n, [one for one in chosen if one.devices == n], shape, args.processes, args.patience) for n in counts
-    }
+    groups: dict[int, Group] = {}
+    facts: dict[Contender, dict[str, Any]] = {}
     try:
-        with ThreadPoolExecutor(len(groups)) as pool:
-            facts = {one: known for found in pool.map(Group.ready, groups.values()) for one, known in found.items()}
+        for n in counts:  # one after the other: compilers time kernels, and need a quiet device
+            groups[n] = Group(n, [one for one in chosen if one.devices == n], shape, args.processes, args.patience)
+            facts |= groups[n].ready()
         running = {one for one in facts if set(groups[one.devices].chosen) <= facts.keys()}
         seconds: dict[Contender, list[float]] = {one: [] for one in chosen if one in running}
         for _ in range(args.turns):
