@@ -141,6 +141,13 @@ def test_a_fine_tuning_that_cannot_work_is_refused_before_pre_training(config, t
         assert said in str(refused.value)
 
 
+def test_a_wrong_key_of_fine_tuning_is_named_as_it_was_written(config, tmp_path):
+    glue = str(ROOT / "configs" / "glue.py")
+    sweep = sweep_of(config, {}, finetunings=(Finetuning("f", glue, {}),))
+    with pytest.raises(UserError, match=r"v0-0: --finetune.glue.rats is no key .*--finetune.glue"):
+        plan.jobs(sweep, tmp_path, Options(finetune={"glue.rats": "1"}))
+
+
 def test_a_run_folder_of_other_settings_is_refused_at_once(config, tmp_path):
     (tmp_path / "v0-0").mkdir()
     (job,) = plan.jobs(sweep_of(config), tmp_path, Options())

@@ -158,7 +158,10 @@ def _evaluation(wanted: Wanted, folder: pathlib.Path) -> Stage:
 def _finetuning(finetuning: Finetuning, run: pathlib.Path, pretraining: PretrainConfig, options: Options) -> Stage:
     folder = run.with_name(f"{run.name}-{finetuning.name}")
     changes = {**finetuning.changes, **options.finetune, "init_from": run}
-    args, config = _command(finetuning.config, folder, changes)
+    try:
+        args, config = _command(finetuning.config, folder, changes)
+    except UserError as error:
+        raise UserError(str(error).replace("--config.", "--finetune.")) from error  # as the sweep's user wrote it
     c = from_config(FinetuneConfig, config)
     tasks = [task for task in select(c.glue.tasks) if not task.predicted_by]
     check_positions(c.glue, tasks, pretraining.model)
