@@ -1,6 +1,6 @@
 """Whether a run that is killed and resumed on a GPU ends with the same bits, and what that costs.
 
-    python -m benchmarks.determinism                      # a GPU, under two minutes; JSON lines on stdout
+    python -m benchmarks.determinism                      # a GPU, four minutes; JSON lines on stdout
 
 For each setting of train.deterministic: a run of its own, untouched; the same command again, killed with SIGKILL after
 its first checkpoint and resumed; then the bits of parameters and optimizer and all logged losses are compared, and

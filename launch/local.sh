@@ -14,7 +14,8 @@ installs this code in .venv the first time, and runs python -m convattn_jax.main
 settings
   EXTRAS     what to install with it: cuda, tpu, gcs, ... (commas between)  [cuda where there is an NVIDIA GPU]
   DEVICES    pretend that the CPU is that many devices, to try a mesh
-  PROCESSES  as that many processes, one GPU each (or DEVICES), to try a run on many hosts  [1, with all devices]
+  PROCESSES  pre-train as that many processes, one GPU each (or DEVICES), as NVIDIA advises where there are several
+             [1, with all devices]
   PORT       where they meet                                                [12355]
 
   --dry-run  print the commands, ready to be pasted, and run none
