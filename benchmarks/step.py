@@ -270,6 +270,7 @@ def picture(records: list[dict[str, Any]], path: pathlib.Path) -> None:
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
+    from matplotlib.ticker import EngFormatter
 
     rows = [record for record in records if "tokens_per_second" in record]
     suites = list(dict.fromkeys(record["suite"] for record in rows))
@@ -286,7 +287,8 @@ def picture(records: list[dict[str, Any]], path: pathlib.Path) -> None:
         fast = [n / min(r["step_ms"]) - v for v, n, r in zip(speeds, tokens, here, strict=True)]
         colours = ["tab:gray" if Spec.parse(record["spec"]).peer else "tab:blue" for record in here]
         axis.barh([record["contender"] for record in here], speeds, xerr=[slow, fast], color=colours)
-        axis.set(title=f"{suite}: {here[0]['batch']} x {here[0]['length']}", xlabel="tokens/s")
+        axis.set(title=f"{suite}: {here[0]['batch']} x {here[0]['length']}", xlabel="tokens/s (gray: PyTorch)")
+        axis.xaxis.set_major_formatter(EngFormatter(sep=""))
     figure.savefig(path, dpi=150)
     plt.close(figure)
 
