@@ -26,8 +26,9 @@ import sys
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from benchmarks.scaling_worker import AXES, Contender, Shape
+from benchmarks.scaling_worker import AXES, SETTINGS, Contender, Shape
 from benchmarks.served import LeftOutError, Served
+from benchmarks.settings import configured
 
 PROCESSES = ("each", "one")
 
@@ -200,10 +201,15 @@ def main() -> None:
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="e.g. model.loop=unroll")
     parser.add_argument("--out", type=pathlib.Path, help="folder for the results")
     args = parser.parse_args()
+    if not all(n.isdecimal() and int(n) for n in args.devices.split(",")):
+        parser.error(f"--devices={args.devices} must be whole numbers with commas between them")
     args.devices = [int(n) for n in args.devices.split(",")]
     args.meshes, args.variants = args.meshes.split(","), args.variants.split(";")
     if unknown := [mesh for mesh in args.meshes if mesh not in AXES]:
         parser.error(f"--meshes={unknown[0]} is unknown; there are: {', '.join(AXES)}")
+
+    for size in args.sizes.split(","):
+        configured(f"configs/composite.py:{size}", [*SETTINGS, *args.set])  # what is wrong there, said before all else
 
     lines: list[str] = []
     tables: list[str] = []

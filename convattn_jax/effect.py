@@ -34,6 +34,17 @@ def check_effect(config: ModelConfig, keys: Collection[str]) -> None:
         raise UserError(f"{key} has no effect on this model: leave it out, or choose {needed}")
 
 
+def check_source(source: str, keys: Collection[str]) -> None:
+    """Raises a `UserError` where one of the keys ('data.files', ...) belongs to another source of text."""
+    for key in sorted(keys):
+        _, _, name = key.partition("data.")
+        owner = "tfds" if name.startswith("tfds_") else "text" if name in ("files", "heldout_files") else source
+        if owner != source:
+            raise UserError(
+                f"{key} has no effect while data.source={source}: add --config.data.source={owner}, or leave it out"
+            )
+
+
 def _has_no_radius(config: ModelConfig) -> bool:
     """Whether no parameter has another shape at another radius."""
     one_layer = dataclasses.replace(config, layers=1, loop="unroll")

@@ -1,16 +1,12 @@
 """python -m convattn_jax.main --config=configs/composite.py: flags -> configuration -> the task; nothing else."""
 
-import contextlib
 import importlib
 import os
-import signal
 import sys
-import threading
-import typing
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
-from convattn_jax import determinism, full_disk
+from convattn_jax import determinism, full_disk, stopping
 from convattn_jax.config import BY_KEYBOARD, Command, Interrupted, UserError, check_choice, flatten, from_config, parse
 from convattn_jax.data import bucket
 
@@ -34,7 +30,7 @@ same line in each, and they find each other. Elsewhere say who is who; a GPU eac
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Runs the task a command line asks for; what the user can mend is one line on stderr and exit status 2."""
-    argv = list(sys.argv if argv is None else argv)
+    by_itself, argv = argv is None, list(sys.argv if argv is None else argv)
     if any(arg in ("--help", "-h") for arg in argv[1:]):
         print(HELP, end="")
         return
@@ -42,7 +38,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     full_disk.tell_once()
     workdir = ""
     try:
-        with _terminated():
+        with stopping.listening(loading=by_itself) as listener:
             command = parse(argv)
             workdir = command.workdir
             task = str(command.config.task)
@@ -52,6 +48,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             module = importlib.import_module(TASKS[task])  # and jax, now that the command line is known to be good
             from convattn_jax import compiled, distributed
 
+            listener.loading = False
             compiled.keep(command.compile_cache)
             watchdog: Any = command.config.get("watchdog") or {"killed_seconds": 100}  # fine-tuning is one process
             distributed.start(command.cluster, watchdog["killed_seconds"])
@@ -73,34 +70,19 @@ def main(argv: Sequence[str] | None = None) -> None:
         if stopped.status:
             sys.exit(stopped.status)
     except KeyboardInterrupt:
-        print("interrupted: the same command resumes from the last checkpoint", file=sys.stderr)
+        print(stopping.BY_CTRL_C, file=sys.stderr)
         sys.exit(BY_KEYBOARD)
 
 
 def _check_effect(command: Command) -> None:
-    from convattn_jax.effect import check_effect
+    from convattn_jax.effect import check_effect, check_source
     from convattn_jax.model.config import ModelConfig
     from convattn_jax.run import RunFolder
 
     if RunFolder(command.workdir).read("config") is None:  # what has begun goes on as it began
-        check_effect(from_config(ModelConfig, typing.cast(Any, command.config.model), "model."), command.given)
-
-
-@contextlib.contextmanager
-def _terminated() -> Iterator[None]:
-    """Makes SIGTERM, which a cluster sends before it takes a machine back, an exception like Ctrl-C."""
-
-    def stop(*_: object) -> None:
-        raise Interrupted("stopped by SIGTERM: the same command goes on from here")
-
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = signal.signal(signal.SIGTERM, stop)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before or signal.SIG_DFL)
+        config: Any = command.config
+        check_source(config.data.source, command.given)
+        check_effect(from_config(ModelConfig, config.model, "model."), command.given)
 
 
 def _line(error: UserError) -> int:

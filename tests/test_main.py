@@ -59,6 +59,10 @@ ERRORS = {
         ["--config.model.value.radius=4"],
         "model.value.radius has no effect on this model: leave it out, or choose model.value.kind=separable or grouped",
     ),
+    "files of another source": (
+        ["--config.data.source=docstrings", "--config.data.files=empty.txt"],
+        "data.files has no effect while data.source=docstrings: add --config.data.source=text, or leave it out",
+    ),
     "heads": (["--config.model.heads=3"], "model.heads=3 does not divide model.width=16: choose a divisor"),
     "radius": (["--config.model.radius=0"], "model.radius=0 must be at least 1"),
     "dropout": (["--config.model.dropout=1.0"], "model.dropout=1.0 must lie in [0, 1)"),

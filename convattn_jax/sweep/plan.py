@@ -10,7 +10,7 @@ from ml_collections import ConfigDict
 
 from convattn_jax.config import UserError, check, from_config, parse, to_plain
 from convattn_jax.data import textfiles
-from convattn_jax.effect import check_effect, without_effect
+from convattn_jax.effect import check_effect, check_source, without_effect
 from convattn_jax.evaluate import Wanted
 from convattn_jax.finetune import FinetuneConfig, check_positions
 from convattn_jax.glue import tsv
@@ -105,6 +105,7 @@ def _job(sweep: Sweep, variant: Variant, seed: int, workdir: pathlib.Path, optio
         args, config = _command(variant.config, folder, changes)
         c = from_config(PretrainConfig, config)
         check_effect(c.model, variant.changes)
+        check_source(c.data.source, changes.keys())
         idle = without_effect(c.model, changes)  # said of all variants, meant for those that make use of it
         if idle:
             args, config = _command(variant.config, folder, {k: v for k, v in changes.items() if k not in idle})
