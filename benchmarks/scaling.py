@@ -7,9 +7,9 @@
 
 Composite attention, bfloat16, dropout 0.1 (attention's too), masking on the device, AdamW; random ids in full rows.
 `large` runs its 24 layers as a scan, which compiles in a fraction of the time of unrolled ones; a size is compared
-with itself on one device. One process a device, as NVIDIA advises and `launch/local.sh` does (`--processes=one`: one
-for all of them). All programs of a size are compiled beforehand, then take turns; the ratio to one device is taken
-within a turn. Who gives no answer in time is left out, with its stacks. Writes scaling.jsonl and scaling.md to --out.
+with itself on one device. One process a device, as NVIDIA advises (`--processes=one`: one for all of them). All
+programs of a size are compiled beforehand, then take turns; the ratio to one device is taken within a turn. Who gives
+no answer in time is left out, with its stacks. Writes scaling.jsonl and scaling.md to --out.
 
 Below each table: the collectives of the compiled step, and of those that run beside other work how many kernels stand
 between their start and their end in the schedule: 0 means that a device waits.
@@ -29,6 +29,7 @@ from typing import Any
 from benchmarks.scaling_worker import AXES, SETTINGS, Contender, Shape
 from benchmarks.served import LeftOutError, Served
 from benchmarks.settings import configured
+from convattn_jax.console import human
 
 PROCESSES = ("each", "one")
 
@@ -157,8 +158,7 @@ def record(
 def markdown(records: list[dict[str, Any]]) -> Iterator[str]:
     """The table of a size, and the collectives of its programs."""
     first = records[0]
-    millions = f"{first['parameters'] / 1e6:.3g}M"
-    yield f"### {first['size']}: {first['layers']} layers ({first['loop']}), {millions} parameters"
+    yield f"### {first['size']}: {first['layers']} layers ({first['loop']}), {human(first['parameters'])} parameters"
     yield (
         f"\n{first['rows_per_device']} x {first['length']} tokens a device, {first['device']}, JAX {first['jax']}, "
         f"{'one process a device' if first['processes'] == 'each' else 'one process'}, "
@@ -175,7 +175,7 @@ def markdown(records: list[dict[str, Any]]) -> Iterator[str]:
         yield f"| {r['devices']} | {r['mesh']} | {r['variant']} | {' | '.join(figures)} |"
     yield ""
     for r in records[1:]:
-        sent = ", ".join(f"{runs} {kind} of {size / 1e6:,.3g} MB" for kind, _, runs, size in r["collectives"])
+        sent = ", ".join(f"{runs} {kind} of {human(size, ' ')}B" for kind, _, runs, size in r["collectives"])
         beside = f"; kernels beside each: {r['overlap']}" if r["overlap"] else "; none beside other work"
         yield f"- {r['devices']} x {r['mesh']}, {r['variant']}: {sent}{beside}"
 

@@ -4,6 +4,7 @@ The far side gets its configuration as JSON, says a line of facts once it is rea
 its own, JSON all of them; {"error": why} is its last. What it writes to stderr is seen.
 """
 
+import contextlib
 import json
 import os
 import queue
@@ -46,8 +47,9 @@ class Served:
     def ask(self, line: object) -> None:
         """Sends a line."""
         assert self.process.stdin is not None
-        self.process.stdin.write(f"{line}\n")
-        self.process.stdin.flush()
+        with contextlib.suppress(BrokenPipeError):  # it has ended; `answer` says so
+            self.process.stdin.write(f"{line}\n")
+            self.process.stdin.flush()
 
     def answer(self) -> dict[str, Any]:
         """The next line.
@@ -70,7 +72,8 @@ class Served:
     def close(self) -> None:
         """Ends the process, one that hangs too."""
         if self.process.stdin is not None and not self.process.stdin.closed:
-            self.process.stdin.close()
+            with contextlib.suppress(BrokenPipeError):
+                self.process.stdin.close()
         try:
             self.process.wait(timeout=60)
         except subprocess.TimeoutExpired:

@@ -9,7 +9,7 @@ import sys
 
 import pytest
 
-from benchmarks import projection, scaling, scaling_worker, served
+from benchmarks import projection, scaling, scaling_worker, served, settings
 from configs import base
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -53,6 +53,29 @@ def test_the_benchmark_leaves_a_record_of_each_mesh(tmp_path):
     kinds = [{row[0] for row in r["collectives"]} for r in records]
     assert (kinds[0], kinds[1], "all-gather" in kinds[2]) == (set(), {"all-reduce"}, True)
     assert "| 2 | fsdp | default |" in (tmp_path / "scaling.md").read_text()
+
+
+def test_a_worker_that_has_died_is_left_out_when_it_is_asked():
+    worker = served.Served("benchmarks.no_such_module", {}, later=True)
+    worker.process.wait()
+    worker.ask("0 1")
+    with pytest.raises(served.LeftOutError, match="ended with status 1"):
+        worker.answer()
+
+
+@pytest.mark.parametrize(
+    ("spec", "assignment", "said"),
+    [
+        ("configs/composite.py:hug", "model.layers=1", "size 'hug' is unknown"),
+        ("configs/composite.py", "model.raduis=1", 'Did you mean "radius"'),
+        ("configs/composite.py", "model.layers=one", "model.layers=one of configs/composite.py: invalid literal"),
+    ],
+)
+def test_a_wrong_setting_of_a_benchmark_ends_it_with_one_line(spec, assignment, said):
+    with pytest.raises(SystemExit) as ended:
+        settings.configured(spec, [assignment])
+    assert said in str(ended.value)
+    assert "\n" not in str(ended.value)
 
 
 def test_who_gives_no_answer_is_ended_and_left_out(tmp_path, monkeypatch):

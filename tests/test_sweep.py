@@ -118,6 +118,10 @@ def test_a_stage_is_done_when_all_that_it_leaves_is_there(config, tmp_path, monk
         ({"model.radius": 0}, "v1-0: model.radius=0 must be at least 1"),
         ({"model.scores": ("content",), "model.radius": 3}, "v1-0: model.radius has no effect on this model"),
         ({"data.files": ("nowhere.txt",)}, "v1-0: data.files: nowhere.txt is not there"),
+        (
+            {"data.source": "docstrings", "data.files": ("a.txt",)},
+            "v1-0: data.files has no effect while data.source=docstrings",
+        ),
         ({"data.fraction": 0.0}, "v1-0: data.fraction=0.0 must lie above 0"),
     ],
 )
