@@ -74,9 +74,9 @@ def _computations(hlo: str) -> tuple[dict[str, list[str]], str]:
 
 
 def _bytes(result: str, kind: str, started: bool) -> int:
-    """Bytes of a result; what a -start returns has its operands in front."""
+    """Bytes of a result; what a -start returns has its operands in front, an all-reduce's only in some versions."""
     sizes = [math.prod(map(int, filter(None, dims.split(",")))) * _width(kind) for kind, dims in _ARRAY.findall(result)]
-    if started and kind in ("all-gather", "collective-permute"):
+    if started and (kind in ("all-gather", "collective-permute") or result.startswith("((")):
         wide = [size for size in sizes if size > 8] if kind == "collective-permute" else sizes  # two words of context
         return sum(wide[len(wide) // 2 :])
     return sum(sizes)

@@ -35,6 +35,7 @@ ENTRY %main (a: f32[16,4]) -> f32[16,4] {
   %m = f32[10]{0} all-reduce(%a), replica_groups=mesh['a'=2,'b'=4], device_ids=([2,4]T(1,0)) {'b'}, to_apply=%add
   %s = (f32[8]{0}, f32[16]{0}) all-gather-start(%a), replica_groups=[4,2]<=[8], dimensions={0}
   %d = f32[16]{0} all-gather-done(%s)
+  %o = ((f32[3]{0}, f32[5]{0}), (f32[3]{0}, f32[5]{0})) all-reduce-start(%a, %b), replica_groups={{0,1}}, to_apply=%add
   %p = (f32[6]{0}, f32[6]{0}, u32[], u32[]) collective-permute-start(%a), source_target_pairs={{0,1},{1,0}}
   %y = ((f32[16]), f32[2], s32[]) async-start(%z), calls=%inside
   %n = f32[2] conditional(%i, %a, %b), branch_computations={%first, %add}
@@ -46,6 +47,7 @@ def test_collectives_are_counted_as_often_as_they_run_with_the_bytes_of_their_re
     assert collectives(PROGRAM) == [
         Collective("all-gather", 2, 13, 12 * 16 * 4 * 2 + 16 * 4),
         Collective("all-reduce", 4, 2, 16 * 4 * 4 + 4 + 10 * 4),
+        Collective("all-reduce", 2, 1, 3 * 4 + 5 * 4),
         Collective("all-to-all", 2, 1, 2 * 4 * 4),
         Collective("collective-permute", 0, 1, 6 * 4),
         Collective("reduce-scatter", 8, 1, 2 * 4),
