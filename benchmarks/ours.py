@@ -152,7 +152,9 @@ def _lower(
     _, batch, length = rows.shape
     predicted = batch * (length if every else masking.slots(length))
     arithmetic = model_arithmetic(shape, model.vocab_rows, batch, length, predicted)
-    return jax.jit(start).lower(key), step.lower(jax.eval_shape(start, key), one), arithmetic, rows
+    with compiled.drawing():
+        first = jax.jit(start).lower(key)
+    return first, step.lower(jax.eval_shape(start, key), one), arithmetic, rows
 
 
 def _stepper(start: Any, step: Any, arithmetic: float, rows: np.ndarray) -> Stepper:

@@ -64,7 +64,7 @@ class Program:
         shardings = sharding.tree_shardings(shapes, mesh)
         self.rows, self.everywhere = NamedSharding(mesh, sharding.BATCH), NamedSharding(mesh, PartitionSpec())
         self.like = jax.tree.map(lambda s, sh: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sh), shapes, shardings)
-        self.init = jax.jit(self._initial_state, out_shardings=shardings)
+        self._init = jax.jit(self._initial_state, out_shardings=shardings)
         self._step = jax.jit(
             self._train_step,
             donate_argnums=0,
@@ -78,6 +78,11 @@ class Program:
             out_shardings=self.everywhere,
             compiler_options=compiled.options(),
         )
+
+    def init(self, key: Array) -> TrainState:
+        """The state before the first step, drawn where it belongs on the mesh."""
+        with compiled.drawing():
+            return self._init(key)
 
     def train_step(self, state: TrainState, rows: Array) -> tuple[TrainState, dict[str, Array]]:
         """The jitted step; it donates the state."""

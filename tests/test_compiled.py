@@ -109,3 +109,25 @@ def test_a_training_step_is_compiled_with_these_options(monkeypatch, tmp_path):
     program = Program(c, made_up_vocabulary(16), np.ones(16, np.int64), sharding.make_mesh(c.mesh))
     with pytest.raises(jax.errors.JaxRuntimeError, match="xla_no_such_option"):
         program.lower().compile()
+
+
+def test_initial_parameters_are_drawn_by_a_kernel_on_gpus_and_the_setting_is_put_back(monkeypatch, tmp_path):
+    draw = jax.jit(lambda key: jax.random.normal(key, (8,)))
+    key = jax.random.key(0)
+
+    def kernels() -> int:
+        return draw.trace(key).lower(lowering_platforms=("cuda",)).as_text().count("threefry2x32_ffi")
+
+    assert kernels() == 0
+    with compiled.drawing():
+        assert kernels() == 1
+    with pytest.raises(KeyError), compiled.drawing():
+        raise KeyError
+    assert kernels() == 0
+
+    c = from_config(PretrainConfig, tiny.config(tmp_path))
+    program = Program(c, made_up_vocabulary(16), np.ones(16, np.int64), sharding.make_mesh(c.mesh))
+    plain, counted = program._init, []
+    monkeypatch.setattr(program, "_init", lambda key: (counted.append(kernels()), plain(key))[1])
+    program.init(key)
+    assert counted == [1]
