@@ -4,7 +4,9 @@
     python -m benchmarks.start --config=configs/composite.py:base --config.data.files='my_text/*.txt' --repeats=2
 
 Every start is a process of its own, all on one fresh folder of compiled programs. Preparing the text is timed by itself
-and not counted: it happens once, whatever is compiled. Prints a Markdown table; --json=FILE adds JSON lines.
+and not counted: it happens once, whatever is compiled. Prints a Markdown table; --json=FILE adds JSON lines. Beside the
+whole stand its parts, in seconds: importing, finding the devices, tracing, lowering, compiling (once more: reading what
+was compiled), and the rest, the step itself among it.
 """
 
 import argparse
@@ -17,6 +19,11 @@ import time
 from typing import Any
 
 BEGAN = "CONVATTN_BENCHMARK_BEGAN"
+PHASES = {  # JAX's own measurements, whose sums are columns of the table
+    "/jax/core/compile/jaxpr_trace_duration": "tracing",
+    "/jax/core/compile/jaxpr_to_mlir_module_duration": "lowering",
+    "/jax/core/compile/backend_compile_duration": "compiling",  # or reading what was compiled
+}
 
 
 def main() -> None:
@@ -63,8 +70,17 @@ def child() -> None:
 
     from convattn_jax import pretrain, train
 
-    seconds = {"imports": time.time() - began}
+    seconds = {"imports": time.time() - began, "devices": 0.0, **dict.fromkeys(PHASES.values(), 0.0)}
     find_rows = pretrain.find_rows
+
+    def add(event: str, duration: float, **_: Any) -> None:
+        if event in PHASES:
+            seconds[PHASES[event]] += duration
+
+    jax.monitoring.register_event_duration_secs_listener(add)
+    before = time.time()
+    jax.devices()
+    seconds["devices"] = time.time() - before
 
     def timed_rows(*args, **kwargs):
         before = time.time()
@@ -87,9 +103,13 @@ def markdown(records: list[dict[str, Any]], megabytes: float) -> str:
     """A row per start, the share of the cold one beside each."""
     cold = records[0]["first_step"]
     lines = [f"{records[0]['device']}; {megabytes:.0f} MB of compiled programs", ""]
-    lines += ["| start | first step after, s | of the cold start | imports, s |", "|---|---|---|---|"]
+    parts = ("imports", "devices", *PHASES.values())
+    lines += [f"| start | first step after, s | of the cold start | {' | '.join(parts)} | the rest |"]
+    lines += ["|---" * (len(parts) + 4) + "|"]
     for r in records:
-        lines.append(f"| {r['start']} | {r['first_step']:.1f} | {r['first_step'] / cold:.0%} | {r['imports']:.1f} |")
+        rest = r["first_step"] - sum(r[part] for part in parts)
+        cells = (r["start"], f"{r['first_step']:.1f}", f"{r['first_step'] / cold:.0%}")
+        lines.append(f"| {' | '.join([*cells, *(f'{r[part]:.1f}' for part in parts), f'{rest:.1f}'])} |")
     return "\n".join(lines) + "\n"
 
 
