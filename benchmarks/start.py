@@ -73,9 +73,9 @@ def child() -> None:
     seconds = {"imports": time.time() - began, "devices": 0.0, **dict.fromkeys(PHASES.values(), 0.0)}
     find_rows = pretrain.find_rows
 
-    def add(event: str, duration: float, **_: Any) -> None:
+    def add(event: str, duration_secs: float, **_: str | int) -> None:
         if event in PHASES:
-            seconds[PHASES[event]] += duration
+            seconds[PHASES[event]] += duration_secs
 
     jax.monitoring.register_event_duration_secs_listener(add)
     before = time.time()
