@@ -17,7 +17,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
 from convattn_jax.kernels.blocks import power_of_two
-from convattn_jax.kernels.tile import LOG2E, Band, Side, Spec, barrier, fma, tap_dot, wide_dot
+from convattn_jax.kernels.tile import LOG2E, Band, Side, Spec, again, barrier, fma, tap_dot, wide_dot
 
 
 def slot(band: Band, ref, owner: Side, number: int) -> Array:
@@ -70,7 +70,8 @@ class Strip:
 
     def write(self, spec: Spec, ref, gradient: Array) -> None:
         """Stores the elements of a tile that lie on the band."""
-        strip = jnp.sum(jnp.where(self._hit(), gradient.reshape(self.shape), 0.0), axis=self.axis)
+        hit = self._hit(again(spec, self.owner))
+        strip = jnp.sum(jnp.where(hit, gradient.reshape(self.shape), 0.0), axis=self.axis)
         partner, index = self._places()
         inside = (partner >= self.other.start) & (partner < self.other.start + self.other.size)
         index = jnp.where(inside, index, ref.shape[0]) if spec.interpret else index  # it scatters masked ones too
@@ -80,13 +81,13 @@ class Strip:
         """The tile with the strip on the band and `rest`, broadcast, elsewhere."""
         rest = jnp.broadcast_to(rest, self.tile).reshape(self.shape)
         strip = jnp.broadcast_to(jnp.expand_dims(strip, self.axis), self.shape)
-        return jnp.where(self._hit(), strip, rest).reshape(self.tile)
+        return jnp.where(self._hit(self.owner), strip, rest).reshape(self.tile)
 
-    def _hit(self) -> Array:
+    def _hit(self, owner: Side) -> Array:
         position = jnp.broadcast_to(self.other.grid, self.tile).reshape(self.shape)
         member = lax.broadcasted_iota(jnp.int32, (self.width,), 0)
         member = member[None, :] if self.owner.axis == 0 else member[:, None]
-        partner = self._partner(self.owner.grid, member)
+        partner = self._partner(owner.grid, member)
         return position == jnp.broadcast_to(jnp.expand_dims(partner, self.axis), self.shape)
 
 
@@ -130,10 +131,11 @@ def band_gradient(
     if zone:
         return (owner.total(gradient), none) if zone < 0 else (none, owner.total(gradient) if band.above else none)
     Strip(band, owner, other).write(spec, ref, gradient)
-    below = owner.total(jnp.where(other.grid <= owner.grid - band.radius, gradient, 0.0))
+    grid = again(spec, owner).grid
+    below = owner.total(jnp.where(other.grid <= grid - band.radius, gradient, 0.0))
     if not band.above:
         return below, none
-    return below, owner.total(jnp.where(other.grid >= owner.grid + band.radius, gradient, 0.0))
+    return below, owner.total(jnp.where(other.grid >= grid + band.radius, gradient, 0.0))
 
 
 def project_band(spec: Spec, band: Band, x: Array, taps_ref, beta_ref, ref, owner: Side) -> None:

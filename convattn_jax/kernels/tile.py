@@ -84,10 +84,13 @@ class Side:
     start: Array | int
     size: int
     axis: int
+    given: Array | None = None  # the positions, where they come from elsewhere
 
     @property
     def ids(self) -> Array:
         """The positions, (size,)."""
+        if self.given is not None:
+            return self.given
         return self.start + lax.broadcasted_iota(jnp.int32, (self.size,), 0)
 
     @property
@@ -176,6 +179,24 @@ def fma(spec: Spec, a: Array, b: Array | float, c: Array | float) -> Array:
     """a * b + c rounded once; b and c broadcast to a. XLA lets Triton fuse no product with a sum."""
     b, c = (jnp.broadcast_to(jnp.asarray(x, jnp.float32), a.shape) for x in (b, c))
     return a * b + c if spec.interpret else instruction("fma.rn.f32 $0, $1, $2, $3;", a, b, c)
+
+
+def again(spec: Spec, side: "Side") -> "Side":
+    """The same side, as the compiler can't know: it computes anew what depends on the positions.
+
+    Otherwise it keeps the comparisons of a tile from the scores to the gradient, a bit an element, and packing and
+    taking apart these bits costs three to four times what comparing again does.
+    """
+    if spec.interpret:
+        return side
+    ids = plgpu.elementwise_inline_asm(
+        "mov.b32 $0, $1;",
+        args=[side.ids],
+        constraints="=r,r",
+        pack=1,
+        result_shape_dtypes=[jax.ShapeDtypeStruct((side.size,), jnp.int32)],
+    )[0]
+    return dataclasses.replace(side, given=ids)
 
 
 def instruction(asm: str, *args: Array) -> Array:
