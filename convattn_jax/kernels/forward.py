@@ -149,6 +149,12 @@ def _kernel(spec: Spec, refs: Operands, key_band_ref, out_ref, lse_ref, query_ba
     size = spec.blocks.forward
     i = Side(pl.program_id(0) * size.queries, size.queries, 0)
     q = tile.load_rows(spec, refs.q, i)
+
+    def keys_and_values(j: Side) -> tuple[Array | None, Array]:
+        return tile.load_rows(spec, refs.k, j) if spec.content else None, tile.load_rows(spec, refs.v, j)
+
+    # Where one tile holds all keys they are asked for now, to be there when wanted; a loop asks ahead by itself.
+    all_keys = keys_and_values(Side(0, size.keys, 1)) if size.keys >= spec.length else None
     segments = refs.query_segments[pl.ds(i.start, i.size)] if refs.query_segments is not None else None
     below = None
     if spec.query_band:
@@ -160,7 +166,8 @@ def _kernel(spec: Spec, refs: Operands, key_band_ref, out_ref, lse_ref, query_ba
         out, top, total = carry
         j = Side(start, size.keys, 1)
         both = bands.Bands(spec, i, j, zone, (query_band_ref, key_band_ref), below)
-        product = tile.dot(spec, q, tile.load_rows(spec, refs.k, j), (1, 1)) if spec.content else None
+        k, v = all_keys or keys_and_values(j)
+        product = None if k is None else tile.dot(spec, q, k, (1, 1))
         scores, factor, offset = both.affine(product)
         scores = tile.hide(spec, scores, i, j, segments, refs.key_segments)
         new_top = jnp.maximum(top, jnp.max(scores, axis=1) * factor + offset)
@@ -170,7 +177,6 @@ def _kernel(spec: Spec, refs: Operands, key_band_ref, out_ref, lse_ref, query_ba
         total = total * shrink + jnp.sum(weights, axis=1)
         if refs.factors is not None:
             weights = tile.drop(spec, i, j, refs.factors, weights)
-        v = tile.load_rows(spec, refs.v, j)
         return out * shrink[:, None] + tile.dot(spec, weights.astype(v.dtype), v), new_top, total
 
     empty = (
