@@ -13,11 +13,12 @@ import pathlib
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 
-from benchmarks.served import Served
+from benchmarks.served import Served, requests
 
 # torch and transformers are imported where they are used: this module also serves the side that has neither
 # pyright: reportMissingImports=false
@@ -181,7 +182,7 @@ def forced_sdpa(name: str) -> Any:
     return contextlib.nullcontext() if name == "default" else sdpa_kernel(getattr(SDPBackend, SDPA[name]))
 
 
-def serve(c: PeerConfig, out: Any) -> None:
+def serve(c: PeerConfig, asked: Iterator[str], out: Any) -> None:
     """Builds the model, says so, then runs as many steps as each line asks for."""
     import torch
 
@@ -251,7 +252,7 @@ def serve(c: PeerConfig, out: Any) -> None:
 
         facts["transformers"] = transformers.__version__
     print(json.dumps(facts), file=out, flush=True)
-    for line in sys.stdin:
+    for line in asked:
         run(1, sdpa)  # memory is allocated afresh
         began = time.perf_counter()
         run(int(line), sdpa)
@@ -262,9 +263,9 @@ def serve(c: PeerConfig, out: Any) -> None:
 
 def main() -> None:
     """The far side."""
-    out, sys.stdout = sys.stdout, sys.stderr  # what libraries print is no answer
+    asked, out, sys.stdout = requests(), sys.stdout, sys.stderr  # what libraries print is no answer
     try:
-        serve(PeerConfig(**json.loads(sys.argv[1])), out)
+        serve(PeerConfig(**json.loads(sys.argv[1])), asked, out)
     except Exception as error:
         reason = " ".join(f"{type(error).__name__}: {error}".split())
         print(json.dumps({"error": reason[:300]}), file=out, flush=True)

@@ -1,4 +1,4 @@
-"""A contender in a process of its own that runs steps on demand: the near side.
+"""A contender in a process of its own that runs steps on demand: the near side, and how the far side hears it.
 
 The far side gets its configuration as JSON, says a line of facts once it is ready, and answers each line with one of
 its own, JSON all of them; {"error": why} is its last. What it writes to stderr is seen.
@@ -12,7 +12,7 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 
@@ -87,3 +87,31 @@ class Served:
             for line in lines:
                 self._lines.put(line)
         self._lines.put("")
+
+
+def requests() -> Iterator[str]:
+    """The lines that the near side sends. When it is gone this process ends within a second, compiling or not.
+
+    Call it first: a contender that outlives who started it holds a device that others are timed on.
+    """
+    lines: queue.Queue[str | None] = queue.Queue()
+    idle = threading.Event()
+
+    def listen() -> None:
+        for line in sys.stdin:
+            lines.put(line)
+        lines.put(None)
+        if not idle.wait(1.0):
+            os._exit(1)
+
+    def each() -> Iterator[str]:
+        while True:
+            idle.set()
+            line = lines.get()
+            if line is None:
+                return
+            idle.clear()
+            yield line
+
+    threading.Thread(target=listen, daemon=True).start()
+    return each()

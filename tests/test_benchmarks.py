@@ -204,6 +204,24 @@ def test_a_peer_whose_library_is_missing_says_so(tmp_path, monkeypatch):
         peers.Peer(PEER)
 
 
+@pytest.mark.parametrize(("busy", "status"), [(False, 0), (True, 1)])
+def test_a_contender_ends_with_who_started_it_even_when_it_is_busy(busy, status):
+    work = "time.sleep(100)" if busy else "[print(line, end='', flush=True) for line in asked]"
+    begin = "import time; from benchmarks.served import requests; asked = requests(); print('up', flush=True)"
+    with subprocess.Popen(
+        [sys.executable, "-c", f"{begin}; {work}"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as far:
+        assert far.stdin is not None
+        assert far.stdout is not None
+        assert far.stdout.readline() == "up\n"
+        if not busy:
+            far.stdin.write("3\n")
+            far.stdin.flush()
+            assert far.stdout.readline() == "3\n"
+        far.stdin.close()
+        assert far.wait(timeout=30) == status
+
+
 def test_authors_code_that_is_not_at_the_path_is_an_error(tmp_path, monkeypatch):
     monkeypatch.delitem(sys.modules, "authors", raising=False)
     with pytest.raises(ModuleNotFoundError, match="authors"):
