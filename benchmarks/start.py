@@ -16,6 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from typing import Any
 
 BEGAN = "CONVATTN_BENCHMARK_BEGAN"
@@ -68,26 +69,25 @@ def child() -> None:
     began = float(os.environ[BEGAN])
     import jax
 
-    from convattn_jax import pretrain, train
+    from convattn_jax import distributed, pretrain, train
 
-    seconds = {"imports": time.time() - began, "devices": 0.0, **dict.fromkeys(PHASES.values(), 0.0)}
-    find_rows = pretrain.find_rows
+    seconds = {"imports": time.time() - began, **dict.fromkeys(("devices", "text", *PHASES.values()), 0.0)}
+
+    def timed(function: Callable[..., Any], part: str) -> Callable[..., Any]:
+        def run(*args: Any, **kwargs: Any) -> Any:
+            before = time.time()
+            try:
+                return function(*args, **kwargs)
+            finally:
+                seconds[part] += time.time() - before
+
+        return run
 
     def add(event: str, duration_secs: float, **_: str | int) -> None:
         if event in PHASES:
             seconds[PHASES[event]] += duration_secs
 
     jax.monitoring.register_event_duration_secs_listener(add)
-    before = time.time()
-    jax.devices()
-    seconds["devices"] = time.time() - before
-
-    def timed_rows(*args, **kwargs):
-        before = time.time()
-        try:
-            return find_rows(*args, **kwargs)
-        finally:
-            seconds["text"] = time.time() - before
 
     def first_step(state, config, *, train_step, batches, **_):
         jax.block_until_ready(train_step(state, next(iter(batches))))
@@ -95,7 +95,8 @@ def child() -> None:
         print("\n" + json.dumps({**seconds, "device": jax.devices()[0].device_kind}), flush=True)
         os._exit(0)
 
-    pretrain.find_rows, train.fit = timed_rows, first_step
+    distributed.check_devices = timed(distributed.check_devices, "devices")  # who asks for them first
+    pretrain.find_rows, train.fit = timed(pretrain.find_rows, "text"), first_step
     door.main([sys.argv[0], *sys.argv[2:]])
 
 
