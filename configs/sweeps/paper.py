@@ -2,15 +2,15 @@
 
     python -m convattn_jax.sweep --sweep=configs/sweeps/paper.py:small --config.data.files='text/train*.txt.xz' \
         --config.data.heldout_files='text/heldout*.txt.xz' --config.train.steps=6200 \
-        --config.optimizer.learning_rate=5e-4 --finetune.glue.data_dir=glue
+        --config.optimizer.learning_rate=RATE --finetune.glue.data_dir=glue
 
-Three seeds for the variants that carry a claim, one for the others. `--config.data.fraction=0.1` asks the same of a
-tenth of the text, in another --workdir.
+RATE is what rates.py chose. Three seeds for the variants that carry a claim, one for the others.
+`--config.data.fraction=0.1` asks the same of a tenth of the text, in another --workdir.
 """
 
 import dataclasses
 
-from configs.sweeps import convolutions, glue, positions, probes
+from configs.sweeps import convolutions, glue, positions, probes, rates
 from convattn_jax.sweep import Sweep
 
 CLAIMS = (
@@ -28,6 +28,6 @@ def get_sweep(size: str = "small") -> Sweep:
             probes(),
             glue("cola", "sst2", "mrpc", "stsb", "rte", "wnli", seeds=3),
         ),
-        changes={"train.eval_every": 500, "checkpoint.every_seconds": 60.0},
+        changes={"train.eval_every": 500, "checkpoint.every_seconds": 60.0, "optimizer.warmup": rates.WARMUP},
         lengths=(128, 512),
     )
