@@ -8,7 +8,6 @@ Contenders take turns, several rounds; a figure is the median over rounds with t
 attention.jsonl, attention.md and attention.png to --out. Contenders whose library is missing are left out.
 """
 
-import argparse
 import json
 import os
 import pathlib
@@ -17,6 +16,7 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
+from benchmarks.arguments import documented
 from benchmarks.attention_problem import (
     QUERY_SIDE,
     RATE,
@@ -196,7 +196,7 @@ def picture(records: list[dict[str, Any]], spaces: list[dict[str, Any]], path: p
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = documented(__doc__)
     parser.add_argument("--shapes", default=",".join(f"{b}x{t}" for b, t in SHAPES), help="batch x length, by commas")
     parser.add_argument("--contenders", default="", help="only those whose names hold one of these words, by commas")
     parser.add_argument("--rounds", type=int, default=7)

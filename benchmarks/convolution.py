@@ -8,7 +8,6 @@ Contenders take turns, several rounds; a figure is the median over rounds with t
 difference of a separable row and the linear one, times the layers, is what the convolutions add to a training step.
 """
 
-import argparse
 import functools
 import json
 import pathlib
@@ -22,6 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from benchmarks.arguments import documented
 from benchmarks.attention_problem import Contender, measure
 from convattn_jax.kernels.depthwise import BACKWARD, FORWARD, depthwise_convolutions
 from convattn_jax.kernels.depthwise_program import Walk
@@ -250,7 +250,7 @@ def markdown(records: list[dict]) -> str:
 
 def main() -> None:
     """Prints JSON lines, then a Markdown table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = documented(__doc__)
     text = ",".join("x".join(map(str, shape)) for shape in SHAPES)
     parser.add_argument("--shapes", default=text, help="batch x length x width, by commas")
     parser.add_argument("--contenders", default="", help="only those whose names hold one of these words, by commas")

@@ -20,6 +20,8 @@ import time
 
 import numpy as np
 
+from benchmarks.arguments import documented
+
 WORDS = "the a one old new cat dog bird fish sat ran sang swam on under by with mat tree pond sun rain and then"
 
 
@@ -103,7 +105,7 @@ def compare(home: pathlib.Path, args: argparse.Namespace, deterministic: bool) -
 
 def main() -> None:
     """Prints one JSON line a setting, and one with the cost."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = documented(__doc__)
     parser.add_argument("--config", default="configs/composite.py:small")
     parser.add_argument("--layers", type=int, default=6)
     parser.add_argument("--steps", type=int, default=100)

@@ -8,7 +8,6 @@ on them. The three ways take turns, over the same batches of the first epoch; ma
 drawing the heads does not, nor compilation, which is shown beside it. Compare by ratio within one call.
 """
 
-import argparse
 import json
 import statistics
 import time
@@ -17,6 +16,7 @@ from typing import Any, NamedTuple
 
 import jax
 
+from benchmarks.arguments import documented
 from benchmarks.settings import configured
 from convattn_jax.config import from_config
 from convattn_jax.data import tokenizer as tokenizers
@@ -79,7 +79,7 @@ def measure(bench: Bench, seeds: Sequence[int], steps: int, turns: int) -> tuple
 
 def main() -> None:
     """Prints a table, and writes JSON lines."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = documented(__doc__)
     parser.add_argument("--data_dir", required=True, help="the folder of GLUE's TSV files")
     parser.add_argument("--config", default="configs/composite.py:small")
     parser.add_argument("--tasks", default="rte,mrpc,cola", help="tasks of GLUE")

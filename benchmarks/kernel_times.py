@@ -6,7 +6,6 @@
 DIR/NAME holds `program.txt` (XLA's text of the compiled step), `steps.txt` (how many were traced) and the trace.
 """
 
-import argparse
 import dataclasses
 import json
 import pathlib
@@ -14,6 +13,7 @@ import re
 from collections import defaultdict
 from typing import Any
 
+from benchmarks.arguments import documented
 from benchmarks.hlo import Operation, operations
 
 MATRIX_KERNELS = re.compile(r"nvjet|gemm|cutlass|xmma|wgmma", re.IGNORECASE)
@@ -137,7 +137,7 @@ def analyse(folder: pathlib.Path, top: int = 40) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = documented(__doc__)
     parser.add_argument("folder", type=pathlib.Path)
     parser.add_argument("--top", type=int, default=40, help="groups of kernels to print")
     args = parser.parse_args()

@@ -6,12 +6,12 @@ counts them with the tokenizer of a run, [CLS] and [SEP] included, cut at 512, i
 which `benchmarks.step` draws from.
 """
 
-import argparse
 import json
 import pathlib
 
 import numpy as np
 
+from benchmarks.arguments import documented
 from convattn_jax.data.examples import Documents, RowFormat, packed, token_dtype
 from convattn_jax.data.tokenizer import Tokenizer
 
@@ -22,7 +22,7 @@ PAD, CLS, SEP, FIRST = 0, 2, 3, 5  # ids; FIRST is the first ordinary one
 
 def main() -> None:
     """Writes the histogram."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = documented(__doc__)
     parser.add_argument("text", type=pathlib.Path)
     parser.add_argument("--tokenizer", required=True)
     args = parser.parse_args()

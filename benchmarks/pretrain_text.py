@@ -6,12 +6,12 @@
 Each run is an ordinary run folder below --out; `results.json` there says what was tried and what came out.
 """
 
-import argparse
 import json
 import pathlib
 
 import jax
 
+from benchmarks.arguments import documented
 from benchmarks.settings import configured
 from convattn_jax import pretrain
 from convattn_jax.console import Console
@@ -19,7 +19,7 @@ from convattn_jax.console import Console
 
 def main() -> None:
     """Runs the scan and the long run."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = documented(__doc__)
     parser.add_argument("--config", default="configs/composite.py:small")
     parser.add_argument("--files", required=True, help="comma-separated text files or globs")
     parser.add_argument("--heldout", required=True, help="comma-separated held-out text files or globs")

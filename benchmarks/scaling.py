@@ -26,6 +26,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from benchmarks.arguments import documented
 from benchmarks.scaling_worker import AXES, SETTINGS, Contender, Shape
 from benchmarks.served import LeftOutError, Served
 from benchmarks.settings import configured
@@ -186,7 +187,7 @@ def _spread(values: list[float], form: str) -> str:
 
 def main() -> None:
     """Measures each size, prints its table, writes the records."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = documented(__doc__)
     parser.add_argument("--devices", default="1,2", help="how many, by commas; one is always measured")
     parser.add_argument("--meshes", default="data,fsdp", help=f"by commas: {', '.join(AXES)}")
     parser.add_argument("--sizes", default="base,large", help="of configs/base.py, by commas")

@@ -9,7 +9,6 @@ whole stand its parts, in seconds: importing, finding the devices, tracing, lowe
 was compiled), and the rest, the step itself among it.
 """
 
-import argparse
 import json
 import os
 import subprocess
@@ -18,6 +17,8 @@ import tempfile
 import time
 from collections.abc import Callable
 from typing import Any
+
+from benchmarks.arguments import documented
 
 BEGAN = "CONVATTN_BENCHMARK_BEGAN"
 PHASES = {  # JAX's own measurements, whose sums are columns of the table
@@ -29,7 +30,7 @@ PHASES = {  # JAX's own measurements, whose sums are columns of the table
 
 def main() -> None:
     """Starts the processes and prints the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = documented(__doc__)
     parser.add_argument("--repeats", type=int, default=1, help="starts with a warm cache")
     parser.add_argument("--json", metavar="FILE", help="append one JSON line per start")
     args, rest = parser.parse_known_args()

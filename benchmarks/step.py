@@ -23,6 +23,7 @@ from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+from benchmarks.arguments import documented
 from benchmarks.served import LeftOutError
 from benchmarks.suites import HEADS, SUITES, Ratio, Spec, Suite
 
@@ -32,7 +33,7 @@ MATRIX, MATRIX_SIZE = "matrix product", 8192
 
 def main() -> None:
     """Runs the suites, prints their tables."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = documented(__doc__)
     parser.add_argument("--suite", default="demo", help=f"by commas: {', '.join(SUITES)}")
     parser.add_argument("--configs", help="instead: comma-separated FILE[:SIZE][@KEY=VALUE...], transformers:SIZE")
     parser.add_argument("--only", default="", help="rows of a suite whose names hold one of these words, by commas")

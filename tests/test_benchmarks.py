@@ -10,6 +10,7 @@ import pytest
 import tiny
 
 from benchmarks import attention, lengths, ours, peers, served, start, step
+from benchmarks.arguments import documented
 from benchmarks.settings import configured
 from benchmarks.suites import COMPOSITE, HF, PLAIN, SUITES, Ratio, Spec, Suite
 from convattn_jax.config import from_config
@@ -30,6 +31,17 @@ def test_help_needs_neither_jax_nor_torch(module):
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "usage:" in done.stdout
+
+
+def test_help_shows_the_defaults_worth_showing():
+    parser = documented("Times things.\n\n    python -m this")
+    parser.add_argument("--rows", type=int, default=256, help="per device")
+    parser.add_argument("--out", default=None, help="folder for the results")
+    parser.add_argument("--check", action="store_true", help="errors only")
+    told = parser.format_help()
+    assert "per device (default: 256)" in told
+    assert told.count("default") == 1
+    assert "\n\n    python -m this\n" in told
 
 
 @pytest.mark.parametrize("name", SUITES)
