@@ -176,6 +176,9 @@ def run_file(option: str, spec: str, kind: type[T]) -> T:
     try:
         # run rather than imported: an import would leave a __pycache__ beside the user's file
         exec(compile(path.read_bytes(), path, "exec"), module.__dict__)
+        others = [word for word in ("config", "sweep") if word != option and hasattr(module, f"get_{word}")]
+        instead = f": it is one for --{others[0]}" if others else ""
+        check(hasattr(module, name), f"--{option}={spec}: the file has no {name}(){instead}")
         make = getattr(module, name)
         takes_size = bool(inspect.signature(make).parameters)
         check(takes_size or not argument, f"--{option}={spec}: this file takes no size")

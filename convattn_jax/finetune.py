@@ -65,13 +65,11 @@ def run(config: ml_collections.ConfigDict, workdir: str, console: Console | None
     tasks = [task for task in select(c.glue.tasks) if not task.predicted_by]
     check_positions(c.glue, tasks, pretrained.model.config)
     folder = RunFolder(workdir or default_workdir(config))
-    settings = to_plain(c) | {
+    settings = settings_of(c) | {
         "model": pretrained.config["model"],
         "tokenizer": pretrained.tokenizer.digest,
         "init_step": pretrained.step,
     }
-    for key in ("tasks", "together", "seeds", "save_seconds"):  # a later call may add to them
-        settings["glue"].pop(key)
     with bucket.explained("--workdir", folder.path):
         check_start(folder, c.init_from, pretrained.step)
         folder.check_belongs(settings)
@@ -98,6 +96,22 @@ def run(config: ml_collections.ConfigDict, workdir: str, console: Console | None
                 finetuning.complete()
         account.charge("evaluating")
         return finish(folder, console, account)
+
+
+def settings_of(c: FinetuneConfig) -> dict[str, Any]:
+    """What all results of a folder have in common."""
+    settings = to_plain(c)
+    for key in ("tasks", "together", "seeds", "save_seconds"):  # a later call may add to them
+        settings["glue"].pop(key)
+    return settings
+
+
+def check_settings(folder: RunFolder, c: FinetuneConfig) -> None:
+    """Raises a `UserError` where the folder was made with other settings, whatever the run they began from."""
+    stored = folder.read("config")
+    if stored is not None:
+        pretrained = {key: stored[key] for key in ("model", "tokenizer", "init_step") if key in stored}
+        folder.check_belongs(settings_of(c) | pretrained)
 
 
 def out_of_memory(c: GlueConfig) -> str:

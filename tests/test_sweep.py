@@ -12,8 +12,10 @@ import pytest
 import tiny
 
 from convattn_jax import compiled, evaluate
-from convattn_jax.config import UserError, run_file
+from convattn_jax.config import UserError, from_config, parse, run_file
+from convattn_jax.finetune import FinetuneConfig, settings_of
 from convattn_jax.glue.config import SEEDS
+from convattn_jax.run import RunFolder
 from convattn_jax.sweep import Finetuning, Sweep, Variant, __main__, plan, runner
 from convattn_jax.sweep.board import Board
 from convattn_jax.sweep.plan import Job, Options, Stage
@@ -161,6 +163,24 @@ def test_a_run_folder_of_other_settings_is_refused_at_once(config, tmp_path):
     assert job.seed == 0
 
 
+def test_fine_tunings_with_other_settings_are_refused_at_once(config, tmp_path):
+    sweep = sweep_of(config, finetunings=(Finetuning("f", str(ROOT / "configs" / "glue.py"), {}),))
+    options = {"glue.tasks": "word_order", "glue.length": "16"}
+    plan.jobs(sweep, tmp_path, Options(finetune=options))
+    folder = tmp_path / "v0-0-f"
+    folder.mkdir()
+    made = parse(
+        ["finetune", f"--config={ROOT / 'configs' / 'glue.py'}", "--config.init_from=r", "--config.glue.length=16"]
+    )
+    settings = settings_of(from_config(FinetuneConfig, made.config)) | {"init_from": str(tmp_path / "v0-0")}
+    (folder / "config.json").write_text(
+        json.dumps(settings | {"model": {"width": 8}, "tokenizer": "t", "init_step": 3})
+    )
+    plan.jobs(sweep, tmp_path, Options(finetune={**options, "glue.tasks": "distance", "glue.seeds": "3"}))
+    with pytest.raises(UserError, match=r"v0-0: .*v0-0-f was made with glue.length=16, not 24"):
+        plan.jobs(sweep, tmp_path, Options(finetune={**options, "glue.length": "24"}))
+
+
 @pytest.mark.parametrize(
     ("options", "said"),
     [
@@ -189,6 +209,8 @@ def test_a_sweep_names_its_rows_once_and_a_baseline_among_them():
     ):
         with pytest.raises(UserError, match=said):
             Sweep(**given)
+    assert Sweep((row, Variant("absolute", "a.py"))).baseline == "absolute"
+    assert Sweep((row,)).baseline == "a"
 
 
 def test_a_plan_keeps_the_jobs_of_other_sweeps_in_the_folder(config, tmp_path):
@@ -247,7 +269,9 @@ def pretend(tmp_path, monkeypatch):
 
 def run(jobs, work):
     with Board([job.name for job in jobs]) as board:
-        return runner.run_jobs(jobs, work, board)
+        failed, elsewhere = runner.run_jobs(jobs, work, board)
+        assert not elsewhere
+        return failed
 
 
 def status(work, name):
@@ -297,6 +321,19 @@ def test_a_stage_that_was_interrupted_ends_the_sweep(pretend, tmp_path, file, mo
     assert "interrupted: the same command goes on" in capsys.readouterr().err
     assert status(tmp_path / "work", "a") == {"state": "stopped", "stage": "interrupted", "error": "", "seconds": 0.0}
     assert (tmp_path / "work" / "calls").read_text().split() == ["a", "interrupted"]
+
+
+def test_a_run_that_another_process_is_at_work_on_is_left_alone(pretend, tmp_path, capsys):
+    work = tmp_path / "work"
+    jobs = [pretend("a", "one"), pretend("b", "one")]
+    (work / "a").mkdir()
+    with RunFolder(work / "a").lock(), Board(["a", "b"]) as board:
+        assert runner.run_jobs(jobs, work, board) == ([], ["a"])
+    assert not (work / "status" / "a.json").exists()  # it is the other one's to write
+    assert status(work, "b")["state"] == "done"
+    assert "at work in another process" in capsys.readouterr().out
+    assert run(jobs, work) == []
+    assert status(work, "a")["state"] == "done"
 
 
 def test_sigterm_ends_the_stage_and_says_so(pretend, tmp_path):
@@ -353,7 +390,7 @@ def test_shards_share_the_jobs_and_one_plan(file, tmp_path, monkeypatch, capsys)
 
     def pretend_to_run(jobs, workdir, board):
         ran.append([job.name for job in jobs])
-        return []
+        return [], []
 
     monkeypatch.setattr(runner, "run_jobs", pretend_to_run)
     for shard in ("1/2", "2/2"):
@@ -362,15 +399,39 @@ def test_shards_share_the_jobs_and_one_plan(file, tmp_path, monkeypatch, capsys)
     written = json.loads((tmp_path / "w" / "sweep.json").read_text())
     assert list(written["jobs"]) == ["a-0", "b-0", "c-0"]
     assert written["baseline"] == "a"
-    monkeypatch.setattr(runner, "run_jobs", lambda jobs, workdir, board: ["a-1"])
+    monkeypatch.setattr(runner, "run_jobs", lambda jobs, workdir, board: (["a-1"], []))
     assert command(file, f"--workdir={tmp_path / 'w'}", "--only=a", "--seeds=1") == 1  # some failed
     assert list(json.loads((tmp_path / "w" / "sweep.json").read_text())["jobs"]) == ["a-0", "b-0", "c-0", "a-1"]
     assert "1 of 1 runs failed: a-1" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
+    ("given", "said"), [("seeds=1", "seeds=1 must be a tuple: write (1,)"), ("lengths=256", "lengths=256")]
+)
+def test_a_forgotten_comma_is_one_line(given, said, tmp_path):
+    path = tmp_path / "pair.py"
+    path.write_text(
+        "from convattn_jax.sweep import Sweep, Variant\n"
+        f"def get_sweep():\n    return Sweep((Variant('a', 'a.py'),), {given})\n"
+    )
+    code = "import sys; from convattn_jax.sweep import __main__; __main__.main(sys.argv[1:])"  # without types checked
+    done = subprocess.run([sys.executable, "-c", code, f"--sweep={path}"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: ")
+    assert said in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
+def test_a_part_without_runs_says_so(file, tmp_path, capsys):
+    assert command(file, f"--workdir={tmp_path / 'w'}", "--shard=4/5") == 0
+    assert capsys.readouterr().out == "--shard=4/5: this part has no runs, there are 3 in all\n"
+
+
+@pytest.mark.parametrize(
     ("arg", "said"),
     [
+        ("--lst", "--lst is no option (did you mean '--list'?)"),
+        ("--sweep=configs/bert.py", "the file has no get_sweep(): it is one for --config"),
         ("--shard=3/2", "--shard=3/2 must be I/N"),
         ("--seeds=1,x", "--seeds=1,x must be whole numbers"),
         ("--seeds=1,1", "--seeds=1,1 names a seed twice"),
@@ -378,7 +439,6 @@ def test_shards_share_the_jobs_and_one_plan(file, tmp_path, monkeypatch, capsys)
         ("--steps=3", "--steps=3 is no option"),
         ("--config.train.steps", "--config.train.steps has no value"),
         ("--sweep=configs/sweeps/nothing.py", "no such file; there are: configs/sweeps/"),
-        ("--sweep=configs/bert.py", "has no attribute 'get_sweep'"),
     ],
 )
 def test_what_is_typed_wrong_is_one_line(file, arg, said, capsys, monkeypatch):

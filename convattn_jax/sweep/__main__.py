@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 
 from convattn_jax.arguments import Parser
-from convattn_jax.config import BY_KEYBOARD, UserError, check, run_file
+from convattn_jax.config import BY_KEYBOARD, UserError, check, did_you_mean, run_file
 from convattn_jax.data.bucket import in_a_bucket
 
 EPILOG = """\
@@ -14,8 +14,11 @@ EPILOG = """\
   --config.train.steps=6200                   any key of pre-training, for every run
   --finetune.glue.data_dir=glue               any key of fine-tuning, for every run
 The same command again goes on where it stopped. Exit status: 0 if all runs are done, 1 if some failed, 2 if an entry
-is invalid (then none was started), 130 after Ctrl-C.
+is invalid (then none was started), 130 after Ctrl-C. A run that another process is at work on is left alone (1).
 """
+
+
+OPTIONS = ("--sweep", "--workdir", "--shard", "--seeds", "--only", "--list")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -51,20 +54,28 @@ def _run(args: argparse.Namespace, rest: Sequence[str]) -> int:
     workdir = pathlib.Path(args.workdir or f"sweeps/{stem}")
     jobs = plan.jobs(sweep, workdir, plan.Options(only, seeds, config, finetune))
     mine = jobs[part - 1 :: parts]
+    if not mine:
+        print(f"--shard={args.shard}: this part has no runs, there are {len(jobs)} in all")
+        return 0
     if args.list:
         print("\n".join(plan.as_text(job) for job in mine))
         return 0
     plan.write_plan(sweep, jobs, workdir)
     try:
         with Board([job.name for job in mine]) as board, runner.stopping_on_sigterm():
-            failed = runner.run_jobs(mine, workdir, board)
+            failed, elsewhere = runner.run_jobs(mine, workdir, board)
     except runner.Stopped:
         print("stopped by SIGTERM: the same command goes on where it stopped", file=sys.stderr)
         return 143
     if failed:
         print(f"error: {len(failed)} of {len(mine)} runs failed: {', '.join(failed)}", file=sys.stderr)
+    if elsewhere:
+        print(
+            f"at work in another process: {', '.join(elsewhere)}; once that has ended, the same command goes on there",
+            file=sys.stderr,
+        )
     print(f"report: python -m convattn_jax.report {workdir}")
-    return 1 if failed else 0
+    return 1 if failed or elsewhere else 0
 
 
 def _parser() -> Parser:
@@ -90,7 +101,11 @@ def _overrides(rest: Sequence[str]) -> tuple[dict[str, str], dict[str, str]]:
         name, equals, value = arg.removeprefix("--").partition("=")
         group, dot, key = name.partition(".")
         known = arg.startswith("--") and dot and group in found
-        check(bool(known), f"{arg} is no option; there are --config.KEY=VALUE and --finetune.KEY=VALUE, and see --help")
+        near = did_you_mean(f"--{name}", OPTIONS)
+        check(
+            bool(known),
+            f"{arg} is no option{near}; there are --config.KEY=VALUE and --finetune.KEY=VALUE, and see --help",
+        )
         check(bool(equals), f"--{name} has no value: write --{name}=VALUE")
         found[group][key] = value
     return found["config"], found["finetune"]

@@ -13,7 +13,14 @@ from rich.text import Text
 from convattn_jax.console import duration
 
 INTERVAL = 1.0  # seconds between two frames
-STYLES = {"done": "green", "running": "bold", "failed": "bold red", "waiting": "dim", "stopped": "yellow"}
+STYLES = {
+    "done": "green",
+    "running": "bold",
+    "failed": "bold red",
+    "waiting": "dim",
+    "stopped": "yellow",
+    "elsewhere": "yellow",
+}
 
 
 @dataclasses.dataclass

@@ -12,7 +12,7 @@ from convattn_jax.config import UserError, check, from_config, parse, to_plain
 from convattn_jax.data import textfiles
 from convattn_jax.effect import check_effect, check_source, without_effect
 from convattn_jax.evaluate import Wanted
-from convattn_jax.finetune import FinetuneConfig, check_positions
+from convattn_jax.finetune import FinetuneConfig, check_positions, check_settings
 from convattn_jax.glue import tsv
 from convattn_jax.glue.tasks import select
 from convattn_jax.pretrain import PretrainConfig
@@ -166,6 +166,7 @@ def _finetuning(finetuning: Finetuning, run: pathlib.Path, pretraining: Pretrain
     c = from_config(FinetuneConfig, config)
     tasks = [task for task in select(c.glue.tasks) if not task.predicted_by]
     check_positions(c.glue, tasks, pretraining.model)
+    check_settings(RunFolder(folder), c)
     if c.glue.source == "tsv":
         for task in tasks:
             if not task.is_probe:

@@ -14,13 +14,14 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from types import FrameType
 
-from convattn_jax.config import BY_KEYBOARD
+from convattn_jax.config import BY_KEYBOARD, UserError
 from convattn_jax.run import RunFolder
 from convattn_jax.sweep.board import Board
 from convattn_jax.sweep.plan import Job, Stage
 
 POLL = 0.5  # seconds
 INTERRUPTED = (BY_KEYBOARD, -signal.SIGINT)  # how a process ends after Ctrl-C
+ELSEWHERE = "elsewhere"  # the state of a job that another process is at work on
 GRACE = 120.0  # seconds that a stage has to save and end when the sweep is told to stop
 
 
@@ -28,17 +29,26 @@ class Stopped(BaseException):
     """The sweep was told to stop by SIGTERM."""
 
 
-def run_jobs(jobs: Sequence[Job], workdir: pathlib.Path, board: Board) -> list[str]:
-    """Brings each job to its end, as far as it can be; returns the names of those that failed."""
-    return [job.name for job in jobs if not _run(job, workdir, board)]
+def run_jobs(jobs: Sequence[Job], workdir: pathlib.Path, board: Board) -> tuple[list[str], list[str]]:
+    """Brings each job to its end, as far as it can be.
+
+    Returns the names of those that failed, and of those that another process is at work on: one that was left behind
+    when a sweep was killed, or another sweep.
+    """
+    ended = {job.name: _run(job, workdir, board) for job in jobs}
+    failed, elsewhere = ([name for name, state in ended.items() if state == kind] for kind in ("failed", ELSEWHERE))
+    return failed, elsewhere
 
 
-def _run(job: Job, workdir: pathlib.Path, board: Board) -> bool:
-    """Whether the job is done; status/NAME.json says how it ended either way."""
+def _run(job: Job, workdir: pathlib.Path, board: Board) -> str:
+    """How the job ended, which status/NAME.json says too, unless another process is at work on it."""
     folder, began = RunFolder(workdir), time.monotonic()
     left = job.open_stages()
     status = {"state": "done", "stage": "", "error": "", "seconds": 0.0}
     for stage in left:
+        if _in_use(stage.folder):
+            board.show(job.name, state=ELSEWHERE, stage=stage.name, where="at work in another process")
+            return ELSEWHERE
         folder.write(f"status/{job.name}", {**status, "state": "running", "stage": stage.name})
         log = workdir / "logs" / f"{job.name}-{stage.name}.log"
         try:
@@ -64,7 +74,18 @@ def _run(job: Job, workdir: pathlib.Path, board: Board) -> bool:
         loss=_progress(job)[1],
         seconds=seconds if left else 0.0,
     )
-    return status["state"] == "done"
+    return str(status["state"])
+
+
+def _in_use(folder: pathlib.Path) -> bool:
+    """Whether another process is at work in a run folder."""
+    try:
+        if folder.exists():
+            with RunFolder(folder).lock():
+                pass
+    except UserError:
+        return True
+    return False
 
 
 def _launch(job: Job, stage: Stage, log: pathlib.Path, board: Board, began: float) -> int:

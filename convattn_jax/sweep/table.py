@@ -30,6 +30,9 @@ class Variant:
     changes: Changes = dataclasses.field(default_factory=dict)
     seeds: tuple[int, ...] = ()
 
+    def __post_init__(self):
+        _check_tuples(self, "seeds")
+
 
 @dataclasses.dataclass(frozen=True)
 class Finetuning:
@@ -51,7 +54,7 @@ class Sweep:
       changes: to the configuration of every variant; a variant's own come after them.
       lengths: row lengths at which the trained models are evaluated too.
       sentence: whose attention maps are kept; '': none.
-      baseline: the variant that the report compares the others with.
+      baseline: the variant that the report compares the others with; '': `absolute`, or else the first.
     """
 
     variants: tuple[Variant, ...]
@@ -60,9 +63,10 @@ class Sweep:
     changes: Changes = dataclasses.field(default_factory=dict)
     lengths: tuple[int, ...] = ()
     sentence: str = SENTENCE
-    baseline: str = "absolute"
+    baseline: str = ""
 
     def __post_init__(self):
+        _check_tuples(self, "variants", "finetunings", "seeds", "lengths")
         names = [variant.name for variant in self.variants]
         check(bool(names), "variants: the sweep has none")
         stages = [PRETRAIN, EVALUATE, *(one.name for one in self.finetunings)]
@@ -72,5 +76,13 @@ class Sweep:
                 check(
                     _NAME.fullmatch(name) is not None, f"{field}: the name {name!r} has letters that a folder's lacks"
                 )
+        if not self.baseline:
+            object.__setattr__(self, "baseline", "absolute" if "absolute" in names else names[0])
         check_choice("baseline", self.baseline, names)
         check(bool(self.seeds), "seeds: name at least one")
+
+
+def _check_tuples(entry: object, *fields: str) -> None:
+    for field in fields:
+        given = getattr(entry, field)
+        check(isinstance(given, tuple), f"{field}={given!r} must be a tuple: write ({given!r},)")
