@@ -31,7 +31,7 @@ COMPILER = (
 )
 UNSEEN = (
     "Compiled for CPU devices with model.kernel=plain, which cannot show: the fused attention kernel (the memory above "
-    "holds the plain form's T x T scores); reduce-scatter (here an all-reduce, then a cut); bfloat16 sums and "
+    "holds the plain form's T x T scores); most reduce-scatters (here an all-reduce, then a cut); bfloat16 sums and "
     "products (widened to float32 here: up to twice the bytes of activations); how collectives are combined and "
     "overlapped; time."
 )
@@ -87,7 +87,7 @@ def describe(c: PretrainConfig) -> dict[str, Any]:
             "parameters": sum(map(_bytes, jax.tree.leaves(program.like.params))),
             "optimizer": sum(map(_bytes, jax.tree.leaves(program.like.opt_state))),
         },
-        "collectives": collectives(compiled.as_text()),
+        "collectives": [one for one in collectives(compiled.as_text()) if one.group > 1],  # alone, none sends a thing
         "memory": {
             "arguments": memory.argument_size_in_bytes,
             "results beside them": memory.output_size_in_bytes - memory.alias_size_in_bytes,

@@ -453,7 +453,7 @@ def test_a_provided_sweep_is_valid_at_every_size(name, tmp_path):
     for folder in ("CoLA", "SST-2", "MRPC", "STS-B", "RTE", "WNLI"):
         (tmp_path / folder).mkdir()
     tiny.write_corpus(tmp_path / "text.txt")
-    for size in ("tiny", "small"):
+    for size in ("tiny", "small", "large"):
         sweep = run_file("sweep", f"{ROOT / 'configs' / 'sweeps' / name}.py:{size}", Sweep)
         text = {"data.source": "text", "data.files": str(tmp_path / "text.txt")}
         assert plan.jobs(sweep, tmp_path / "w", Options(config=text, finetune=given))

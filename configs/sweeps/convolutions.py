@@ -3,7 +3,7 @@
 python -m convattn_jax.sweep --sweep=configs/sweeps/convolutions.py --seeds=0,1,2
 """
 
-from configs.sweeps import COMPOSITE, probes, variant
+from configs.sweeps import COMPOSITE, SCHEDULE, probes, variant
 from convattn_jax.sweep import Sweep
 
 PLACES = {
@@ -16,7 +16,7 @@ PLACES = {
 
 
 def get_sweep(size: str = "tiny") -> Sweep:
-    return Sweep(variants=variants(size), finetunings=(probes(),))
+    return Sweep(variants=variants(size), finetunings=(probes(),), changes=SCHEDULE)
 
 
 def variants(size: str):

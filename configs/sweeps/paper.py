@@ -10,7 +10,7 @@ RATE is what rates.py chose. Three seeds for the variants that carry a claim, on
 
 import dataclasses
 
-from configs.sweeps import convolutions, glue, positions, probes, rates
+from configs.sweeps import SCHEDULE, convolutions, glue, positions, probes
 from convattn_jax.sweep import Sweep
 
 CLAIMS = (
@@ -28,6 +28,6 @@ def get_sweep(size: str = "small") -> Sweep:
             probes(),
             glue("cola", "sst2", "mrpc", "stsb", "rte", "wnli", seeds=3),
         ),
-        changes={"train.eval_every": 500, "checkpoint.every_seconds": 60.0, "optimizer.warmup": rates.WARMUP},
+        changes=SCHEDULE | {"train.eval_every": 500, "checkpoint.every_seconds": 60.0},
         lengths=(128, 512),
     )

@@ -3,12 +3,12 @@
 python -m convattn_jax.sweep --sweep=configs/sweeps/positions.py --seeds=0,1,2
 """
 
-from configs.sweeps import probes, variant
+from configs.sweeps import SCHEDULE, probes, variant
 from convattn_jax.sweep import Sweep
 
 
 def get_sweep(size: str = "tiny") -> Sweep:
-    return Sweep(variants=variants(size), finetunings=(probes(),))
+    return Sweep(variants=variants(size), finetunings=(probes(),), changes=SCHEDULE)
 
 
 def variants(size: str):

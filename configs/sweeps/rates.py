@@ -3,17 +3,19 @@
     python -m convattn_jax.sweep --sweep=configs/sweeps/rates.py:small --config.data.files='text/*.txt.xz' \
         --config.train.steps=1550
 
-The schedule scales with the steps, so a scan of a quarter of the length says more than the start of a long run. It
-warms up over a tenth of them, as in paper.py: the reference's hundredth is meant for a million steps. Of 1,550 it is
-15, and then 1e-3 never leaves the unigram model (docs/results.md).
+The schedule scales with the steps, so a scan of a quarter of the length says more than the start of a long run.
 """
 
-from configs.sweeps import variant
+from configs.sweeps import SCHEDULE, variant
 from convattn_jax.config import check_choice
 from convattn_jax.sweep import Sweep
 
-WARMUP = 0.1
-RATES = {"tiny": (1e-3, 2e-3, 3e-3, 5e-3), "small": (5e-4, 1e-3, 2e-3), "base": (1e-4, 2e-4, 4e-4)}
+RATES = {
+    "tiny": (1e-3, 2e-3, 3e-3, 5e-3),
+    "small": (5e-4, 1e-3, 2e-3),
+    "base": (1e-4, 2e-4, 4e-4),
+    "large": (5e-5, 1e-4, 2e-4),
+}
 
 
 def get_sweep(size: str = "tiny") -> Sweep:
@@ -24,4 +26,4 @@ def get_sweep(size: str = "tiny") -> Sweep:
         for rate in RATES[size]
     )
     often = {} if size == "tiny" else {"train.eval_every": 100}  # such runs are shorter than one of their intervals
-    return Sweep(variants=made, changes={"optimizer.warmup": WARMUP, **often}, baseline=made[0].name, sentence="")
+    return Sweep(variants=made, changes=SCHEDULE | often, baseline=made[0].name, sentence="")

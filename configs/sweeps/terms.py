@@ -5,7 +5,7 @@ python -m convattn_jax.sweep --sweep=configs/sweeps/terms.py
 
 import itertools
 
-from configs.sweeps import probes, variant
+from configs.sweeps import SCHEDULE, probes, variant
 from convattn_jax.sweep import Sweep
 
 TERMS = {"fixed": "fixed", "query": "dynamic_query", "key": "dynamic_key"}
@@ -19,4 +19,4 @@ def get_sweep(size: str = "tiny") -> Sweep:
         if size == "tiny" and chosen == ("fixed",):
             changes["model__taps_init"] = "wide"  # as in configs/fixed.py
         made.append(variant("+".join(("content", *chosen)), "no_positions", size, **changes))
-    return Sweep(variants=(variant("absolute", "bert", size), *made), finetunings=(probes(),))
+    return Sweep((variant("absolute", "bert", size), *made), finetunings=(probes(),), changes=SCHEDULE)
