@@ -16,7 +16,7 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-from benchmarks.arguments import documented
+from benchmarks.arguments import documented, positive, sizes
 from benchmarks.attention_problem import (
     QUERY_SIDE,
     RATE,
@@ -197,18 +197,29 @@ def picture(records: list[dict[str, Any]], spaces: list[dict[str, Any]], path: p
 
 def main() -> None:
     parser = documented(__doc__)
-    parser.add_argument("--shapes", default=",".join(f"{b}x{t}" for b, t in SHAPES), help="batch x length, by commas")
+    parser.add_argument(
+        "--shapes", type=sizes, default=",".join(f"{b}x{t}" for b, t in SHAPES), help="batch x length, by commas"
+    )
     parser.add_argument("--contenders", default="", help="only those whose names hold one of these words, by commas")
-    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--rounds", type=positive, default=7)
     parser.add_argument("--candidates", action="store_true", help="time tile sizes instead")
     parser.add_argument("--check", action="store_true", help="errors and repeatability instead")
     parser.add_argument("--memory", action="store_true", help="memory against length instead")
     parser.add_argument("--rate", type=float, default=0.0, help="dropout, with --candidates")
     parser.add_argument("--dtype", default="bfloat16", help="with --candidates")
-    parser.add_argument("--head-size", type=int, default=64, help="with --candidates")
+    parser.add_argument("--head-size", type=positive, default=64, help="with --candidates")
     parser.add_argument("--out", type=pathlib.Path, default=None, help="folder for the results")
     options = parser.parse_args()
-    shapes = [(int(batch), int(length)) for batch, length in (s.split("x") for s in options.shapes.split(","))]
+    if any(len(shape) != 2 for shape in options.shapes):
+        parser.error("--shapes: each is BATCHxLENGTH")
+    shapes: list[tuple[int, int]] = options.shapes
+    if options.check or options.candidates:
+        import jax
+
+        if jax.default_backend() != "gpu":
+            parser.error(
+                "--check and --candidates take an NVIDIA GPU, for which they compile the kernels"
+            )
     if options.check:
         from benchmarks.attention_checks import CHECKS, check
 
@@ -224,9 +235,10 @@ def main() -> None:
         memory()
     else:
         words = options.contenders.split(",")
-        records = compare(
-            shapes, [name for name in contenders() if any(word in name for word in words)], options.rounds
-        )
+        names = [name for name in contenders() if any(word in name for word in words)]
+        if not names:
+            parser.error(f"--contenders={options.contenders} is in none of: {', '.join(contenders())}")
+        records = compare(shapes, names, options.rounds)
         table = markdown(records)
         print(table)
         if options.out:

@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from benchmarks.arguments import documented
+from benchmarks.arguments import documented, positive, sizes
 from benchmarks.attention_problem import Contender, measure
 from convattn_jax.kernels.depthwise import BACKWARD, FORWARD, depthwise_convolutions
 from convattn_jax.kernels.depthwise_program import Walk
@@ -194,8 +194,8 @@ def candidates() -> dict[str, Callable[[Problem], Contender]]:
     usual = {"forward": FORWARD, "backward": BACKWARD}
     built = {}
     for name, walks in WALKS.items():
-        for sizes in walks:
-            walk = Walk(*sizes)
+        for given in walks:
+            walk = Walk(*given)
             form = functools.partial(by_kernel, **{**usual, name: walk})
             built[f"{name} {sizes}"] = functools.partial(contender, form, pointwise=False)
     return built
@@ -252,10 +252,10 @@ def main() -> None:
     """Prints JSON lines, then a Markdown table."""
     parser = documented(__doc__)
     text = ",".join("x".join(map(str, shape)) for shape in SHAPES)
-    parser.add_argument("--shapes", default=text, help="batch x length x width, by commas")
+    parser.add_argument("--shapes", type=sizes, default=text, help="batch x length x width, by commas")
     parser.add_argument("--contenders", default="", help="only those whose names hold one of these words, by commas")
-    parser.add_argument("--radius", type=int, default=8)
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--radius", type=positive, default=8)
+    parser.add_argument("--rounds", type=positive, default=5)
     parser.add_argument("--candidates", action="store_true", help="time the kernel's walks instead")
     parser.add_argument("--check", action="store_true", help="errors and repeatability instead")
     parser.add_argument("--out", type=pathlib.Path, default=None, help="folder for the results")
@@ -264,11 +264,12 @@ def main() -> None:
         for problem in CHECKS:
             print(json.dumps(check(problem)), flush=True)
         return
-    shapes = [tuple(map(int, shape.split("x"))) for shape in options.shapes.split(",")]
+    if any(len(shape) != 3 for shape in options.shapes):
+        parser.error("--shapes: each is BATCHxLENGTHxWIDTH")
     built = candidates() if options.candidates else {n: functools.partial(contender, f) for n, f in FORMS.items()}
     words = options.contenders.split(",")
     built = {name: build for name, build in built.items() if any(word in name for word in words)}
-    records = compare([Problem(b, t, d, options.radius) for b, t, d in shapes], built, options.rounds)
+    records = compare([Problem(b, t, d, options.radius) for b, t, d in options.shapes], built, options.rounds)
     print(markdown(records))
     if options.out:
         options.out.mkdir(parents=True, exist_ok=True)

@@ -20,7 +20,7 @@ from collections.abc import Callable
 
 import sentencepiece
 
-from benchmarks.arguments import documented
+from benchmarks.arguments import documented, positive
 from convattn_jax.data import loader, rows
 from convattn_jax.data.config import LAYOUTS, DataConfig, TokenizerConfig
 from convattn_jax.data.corpora import open_corpus
@@ -31,14 +31,14 @@ def arguments() -> argparse.Namespace:
     parser = documented(__doc__)
     parser.add_argument("files", nargs="*", help="text files; none: the docstring corpus")
     parser.add_argument("--layout", choices=LAYOUTS, default="pairs")
-    parser.add_argument("--length", type=int, default=128, help="tokens per row")
+    parser.add_argument("--length", type=positive, default=128, help="tokens per row")
     parser.add_argument("--model", default="", help="a SentencePiece .model (default: train one on the text)")
-    parser.add_argument("--vocab-size", type=int, default=4096, help="of the tokenizer")
+    parser.add_argument("--vocab-size", type=positive, default=4096, help="of the tokenizer")
     parser.add_argument("--normalization", default="reference", help="reference | none")
-    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes and threads")
-    parser.add_argument("--batch-size", type=int, default=256, help="rows per batch")
-    parser.add_argument("--batches", type=int, default=2000, help="batches per repeat")
-    parser.add_argument("--repeats", type=int, default=5, help="measurements of each")
+    parser.add_argument("--workers", type=positive, default=os.cpu_count(), help="processes and threads")
+    parser.add_argument("--batch-size", type=positive, default=256, help="rows per batch")
+    parser.add_argument("--batches", type=positive, default=2000, help="batches per repeat")
+    parser.add_argument("--repeats", type=positive, default=5, help="measurements of each")
     parser.add_argument("--json", metavar="FILE", help="append one JSON line per measurement")
     return parser.parse_args()
 

@@ -20,7 +20,7 @@ import time
 
 import numpy as np
 
-from benchmarks.arguments import documented
+from benchmarks.arguments import documented, positive
 
 WORDS = "the a one old new cat dog bird fish sat ran sang swam on under by with mat tree pond sun rain and then"
 
@@ -107,12 +107,12 @@ def main() -> None:
     """Prints one JSON line a setting, and one with the cost."""
     parser = documented(__doc__)
     parser.add_argument("--config", default="configs/composite.py:small")
-    parser.add_argument("--layers", type=int, default=6)
-    parser.add_argument("--steps", type=int, default=100)
-    parser.add_argument("--batch", type=int, default=256)
-    parser.add_argument("--length", type=int, default=128)
-    parser.add_argument("--vocabulary", type=int, default=8192, help="rows of the embedding")
-    parser.add_argument("--documents", type=int, default=6000, help="of made-up text")
+    parser.add_argument("--layers", type=positive, default=6)
+    parser.add_argument("--steps", type=positive, default=100)
+    parser.add_argument("--batch", type=positive, default=256)
+    parser.add_argument("--length", type=positive, default=128)
+    parser.add_argument("--vocabulary", type=positive, default=8192, help="rows of the embedding")
+    parser.add_argument("--documents", type=positive, default=6000, help="of made-up text")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="determinism-") as folder:
         home = pathlib.Path(folder)

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 import jax
 
-from benchmarks.arguments import documented
+from benchmarks.arguments import documented, positive
 from benchmarks.settings import configured
 from convattn_jax.config import from_config
 from convattn_jax.data import tokenizer as tokenizers
@@ -83,10 +83,10 @@ def main() -> None:
     parser.add_argument("--data_dir", required=True, help="the folder of GLUE's TSV files")
     parser.add_argument("--config", default="configs/composite.py:small")
     parser.add_argument("--tasks", default="rte,mrpc,cola", help="tasks of GLUE")
-    parser.add_argument("--seeds", type=int, default=10)
-    parser.add_argument("--steps", type=int, default=40, help="steps of each way and turn")
-    parser.add_argument("--turns", type=int, default=3)
-    parser.add_argument("--vocabulary", type=int, default=30_004, help="rows of the embedding")
+    parser.add_argument("--seeds", type=positive, default=10)
+    parser.add_argument("--steps", type=positive, default=40, help="steps of each way and turn")
+    parser.add_argument("--turns", type=positive, default=3)
+    parser.add_argument("--vocabulary", type=positive, default=30_004, help="rows of the embedding")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="e.g. model.kernel=plain")
     parser.add_argument("--json", help="a file for the figures as JSON lines")
     args = parser.parse_args()

@@ -26,7 +26,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from benchmarks.arguments import documented
+from benchmarks.arguments import documented, positive
 from benchmarks.scaling_worker import AXES, SETTINGS, Contender, Shape
 from benchmarks.served import LeftOutError, Served
 from benchmarks.settings import configured
@@ -136,7 +136,9 @@ def measure(size: str, args: argparse.Namespace) -> list[dict[str, Any]]:
             group.close()
     alone = seconds.get(chosen[0])
     if alone is None:
-        raise SystemExit(f"{size}: nothing ran on one device")
+        raise SystemExit(
+            f"{size}: nothing ran on one device, for the reason above; on CPU: JAX_PLATFORMS=cpu, --sizes=tiny"
+        )
     return [record(one, facts[one], times, alone, args) for one, times in seconds.items()]
 
 
@@ -194,11 +196,11 @@ def main() -> None:
     parser.add_argument("--variants", default="default", help="compiler options NAME=VALUE,..., variants apart by ;")
     parser.add_argument("--processes", default="each", choices=PROCESSES, help="one for each device, or one for all")
     parser.add_argument("--patience", type=float, default=300, help="seconds to wait for a program or a turn")
-    parser.add_argument("--rows", type=int, default=256, help="per device")
-    parser.add_argument("--length", type=int, default=128, help="tokens per row")
-    parser.add_argument("--vocabulary", type=int, default=30004, help="ids")
-    parser.add_argument("--steps", type=int, default=10, help="steps per turn")
-    parser.add_argument("--turns", type=int, default=5, help="turns of each program")
+    parser.add_argument("--rows", type=positive, default=256, help="per device")
+    parser.add_argument("--length", type=positive, default=128, help="tokens per row")
+    parser.add_argument("--vocabulary", type=positive, default=30004, help="ids")
+    parser.add_argument("--steps", type=positive, default=10, help="steps per turn")
+    parser.add_argument("--turns", type=positive, default=5, help="turns of each program")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="e.g. model.loop=unroll")
     parser.add_argument("--out", type=pathlib.Path, help="folder for the results")
     args = parser.parse_args()

@@ -23,7 +23,7 @@ from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-from benchmarks.arguments import documented
+from benchmarks.arguments import documented, positive
 from benchmarks.served import LeftOutError
 from benchmarks.suites import HEADS, SUITES, Ratio, Spec, Suite
 
@@ -39,11 +39,11 @@ def main() -> None:
     parser.add_argument("--only", default="", help="rows of a suite whose names hold one of these words, by commas")
     parser.add_argument("--skip", default="", help="but not those whose names hold one of these")
     parser.add_argument("--authors", default="", metavar="PATH", help="a checkout of the paper's PyTorch code")
-    parser.add_argument("--batch", type=int, help="rows per step")
-    parser.add_argument("--length", type=int, help="tokens per row")
-    parser.add_argument("--vocabulary", type=int, help="ids")
-    parser.add_argument("--steps", type=int, default=5, help="steps per turn")
-    parser.add_argument("--turns", type=int, default=5, help="turns of each contender")
+    parser.add_argument("--batch", type=positive, help="rows per step")
+    parser.add_argument("--length", type=positive, help="tokens per row")
+    parser.add_argument("--vocabulary", type=positive, help="ids")
+    parser.add_argument("--steps", type=positive, default=5, help="steps per turn")
+    parser.add_argument("--turns", type=positive, default=5, help="turns of each contender")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="e.g. model.dtype=float32")
     parser.add_argument("--profile", type=pathlib.Path, metavar="DIR", help="trace --steps steps of ours, no more")
     parser.add_argument("--out", type=pathlib.Path, help="folder for the results")
@@ -55,7 +55,11 @@ def main() -> None:
     for name in ["custom"] if args.configs else args.suite.split(","):
         if not args.configs and name not in SUITES:
             parser.error(f"--suite={name} is unknown; there are: {', '.join(SUITES)}")
-        suite = chosen(args, None if args.configs else SUITES[name])
+        whole = None if args.configs else SUITES[name]
+        suite = chosen(args, whole)
+        if not suite.rows:
+            rows = ", ".join(whole.rows) if whole else args.configs
+            parser.error(f"--only={args.only} --skip={args.skip} leave no row of: {rows}")
         if args.profile:
             profile(suite, args)
             continue

@@ -10,7 +10,7 @@ import pytest
 import tiny
 
 from benchmarks import attention, lengths, ours, peers, served, start, step
-from benchmarks.arguments import documented
+from benchmarks.arguments import documented, positive, sizes
 from benchmarks.settings import configured
 from benchmarks.suites import COMPOSITE, HF, PLAIN, SUITES, Ratio, Spec, Suite
 from convattn_jax.config import from_config
@@ -42,6 +42,27 @@ def test_help_shows_the_defaults_worth_showing():
     assert "per device (default: 256)" in told
     assert told.count("default") == 1
     assert "\n\n    python -m this\n" in told
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        (["--rounds=0"], "0 must be a whole number from 1 on"),
+        (["--shapes=2x16,3xa"], "2x16,3xa must be sizes such as 256x128,64x512: a must be"),
+        (["--shapes=2"], None),
+    ],
+)
+def test_counts_and_sizes_are_read_or_refused(given, said, capsys):
+    parser = documented("Times things.")
+    parser.add_argument("--rounds", type=positive, default=7)
+    parser.add_argument("--shapes", type=sizes, default="1x2,3x4")
+    if said is None:
+        assert parser.parse_args(given).shapes == [(2,)]
+        assert parser.parse_args([]).shapes == [(1, 2), (3, 4)]
+        return
+    with pytest.raises(SystemExit):
+        parser.parse_args(given)
+    assert said in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", SUITES)
