@@ -217,9 +217,7 @@ def main() -> None:
         import jax
 
         if jax.default_backend() != "gpu":
-            parser.error(
-                "--check and --candidates take an NVIDIA GPU, for which they compile the kernels"
-            )
+            parser.error("--check and --candidates take an NVIDIA GPU, for which they compile the kernels")
     if options.check:
         from benchmarks.attention_checks import CHECKS, check
 

@@ -197,7 +197,7 @@ def candidates() -> dict[str, Callable[[Problem], Contender]]:
         for given in walks:
             walk = Walk(*given)
             form = functools.partial(by_kernel, **{**usual, name: walk})
-            built[f"{name} {sizes}"] = functools.partial(contender, form, pointwise=False)
+            built[f"{name} {given}"] = functools.partial(contender, form, pointwise=False)
     return built
 
 
