@@ -406,7 +406,7 @@ def test_shards_share_the_jobs_and_one_plan(file, tmp_path, monkeypatch, capsys)
 
 
 @pytest.mark.parametrize(
-    ("given", "said"), [("seeds=1", "seeds=1 must be a tuple: write (1,)"), ("lengths=256", "lengths=256")]
+    ("given", "said"), [("seeds=1", "seeds=1 must be a tuple, with a comma"), ("seeds=[1, 2]", "seeds must be a tuple")]
 )
 def test_a_forgotten_comma_is_one_line(given, said, tmp_path):
     path = tmp_path / "pair.py"

@@ -94,7 +94,7 @@ def _check_free(given: Mapping[str, str], option: str, taken: Sequence[Changes])
         check(key not in OWN, f"--{option}.{key}: a sweep sets this itself")
         check(
             all(key not in changes for changes in taken),
-            f"--{option}.{key} is what the variants of this sweep differ in: leave it out, or choose some with --only",
+            f"--{option}.{key} is what the variants of this sweep differ in: leave it out",
         )
 
 

@@ -85,4 +85,5 @@ class Sweep:
 def _check_tuples(entry: object, *fields: str) -> None:
     for field in fields:
         given = getattr(entry, field)
-        check(isinstance(given, tuple), f"{field}={given!r} must be a tuple: write ({given!r},)")
+        shown = f"{field}={given!r}" if isinstance(given, int) else field
+        check(isinstance(given, tuple), f"{shown} must be a tuple, with a comma after even a single entry, as (0,)")
