@@ -16,7 +16,7 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-from benchmarks.arguments import documented, positive, sizes
+from benchmarks.arguments import chosen, documented, need_gpu, positive, sizes
 from benchmarks.attention_problem import (
     QUERY_SIDE,
     RATE,
@@ -198,7 +198,10 @@ def picture(records: list[dict[str, Any]], spaces: list[dict[str, Any]], path: p
 def main() -> None:
     parser = documented(__doc__)
     parser.add_argument(
-        "--shapes", type=sizes, default=",".join(f"{b}x{t}" for b, t in SHAPES), help="batch x length, by commas"
+        "--shapes",
+        type=sizes("batch", "length"),
+        default=",".join(f"{b}x{t}" for b, t in SHAPES),
+        help="batch x length, by commas",
     )
     parser.add_argument("--contenders", default="", help="only those whose names hold one of these words, by commas")
     parser.add_argument("--rounds", type=positive, default=7)
@@ -210,20 +213,15 @@ def main() -> None:
     parser.add_argument("--head-size", type=positive, default=64, help="with --candidates")
     parser.add_argument("--out", type=pathlib.Path, default=None, help="folder for the results")
     options = parser.parse_args()
-    if any(len(shape) != 2 for shape in options.shapes):
-        parser.error("--shapes: each is BATCHxLENGTH")
     shapes: list[tuple[int, int]] = options.shapes
-    if options.check or options.candidates:
-        import jax
-
-        if jax.default_backend() != "gpu":
-            parser.error("--check and --candidates take an NVIDIA GPU, for which they compile the kernels")
     if options.check:
+        need_gpu(parser, "--check")
         from benchmarks.attention_checks import CHECKS, check
 
         for case in CHECKS:
             print(json.dumps(check(*case)), flush=True)
     elif options.candidates:
+        need_gpu(parser, "--candidates")
         from benchmarks.attention_tiles import candidates
 
         candidates(shapes, options.rounds, options.rate, options.dtype, options.head_size)
@@ -232,11 +230,7 @@ def main() -> None:
 
         memory()
     else:
-        words = options.contenders.split(",")
-        names = [name for name in contenders() if any(word in name for word in words)]
-        if not names:
-            parser.error(f"--contenders={options.contenders} is in none of: {', '.join(contenders())}")
-        records = compare(shapes, names, options.rounds)
+        records = compare(shapes, chosen(parser, options.contenders, contenders()), options.rounds)
         table = markdown(records)
         print(table)
         if options.out:

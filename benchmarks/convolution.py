@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from benchmarks.arguments import documented, positive, sizes
+from benchmarks.arguments import chosen, documented, need_gpu, positive, sizes
 from benchmarks.attention_problem import Contender, measure
 from convattn_jax.kernels.depthwise import BACKWARD, FORWARD, depthwise_convolutions
 from convattn_jax.kernels.depthwise_program import Walk
@@ -252,7 +252,9 @@ def main() -> None:
     """Prints JSON lines, then a Markdown table."""
     parser = documented(__doc__)
     text = ",".join("x".join(map(str, shape)) for shape in SHAPES)
-    parser.add_argument("--shapes", type=sizes, default=text, help="batch x length x width, by commas")
+    parser.add_argument(
+        "--shapes", type=sizes("batch", "length", "width"), default=text, help="batch x length x width, by commas"
+    )
     parser.add_argument("--contenders", default="", help="only those whose names hold one of these words, by commas")
     parser.add_argument("--radius", type=positive, default=8)
     parser.add_argument("--rounds", type=positive, default=5)
@@ -261,14 +263,14 @@ def main() -> None:
     parser.add_argument("--out", type=pathlib.Path, default=None, help="folder for the results")
     options = parser.parse_args()
     if options.check:
+        need_gpu(parser, "--check")
         for problem in CHECKS:
             print(json.dumps(check(problem)), flush=True)
         return
-    if any(len(shape) != 3 for shape in options.shapes):
-        parser.error("--shapes: each is BATCHxLENGTHxWIDTH")
+    if options.candidates:
+        need_gpu(parser, "--candidates")
     built = candidates() if options.candidates else {n: functools.partial(contender, f) for n, f in FORMS.items()}
-    words = options.contenders.split(",")
-    built = {name: build for name, build in built.items() if any(word in name for word in words)}
+    built = {name: built[name] for name in chosen(parser, options.contenders, built)}
     records = compare([Problem(b, t, d, options.radius) for b, t, d in options.shapes], built, options.rounds)
     print(markdown(records))
     if options.out:

@@ -19,11 +19,15 @@ class Parser(argparse.ArgumentParser):
         self._known += [name for name in names if name.startswith("--")]
         return super().add_argument(*names, **options)
 
+    def near(self, name: str) -> str:
+        """ ", did you mean --shard?" where an option is close to this one, else nothing."""
+        return did_you_mean(name, self._known)
+
     def error(self, message: str) -> NoReturn:
         """What argparse has to say, as `option: what is wrong`, with the option that may be meant."""
         if found := re.match(r"unrecognized arguments: (--?[^\s=]+)?(\S*)", message):
             name, word = found.groups()
-            is_option = f"{name} is no option{did_you_mean(name or '', self._known)}"
+            is_option = f"{name} is no option{self.near(name or '')}"
             message = is_option if name else f"unexpected argument {word!r}"
         message = re.sub(r"^the following arguments are required: (.*)", r"\1: missing", message)
         raise UserError(f"{message.removeprefix('argument ')}; see --help")

@@ -107,11 +107,14 @@ def settings_of(c: FinetuneConfig) -> dict[str, Any]:
 
 
 def check_settings(folder: RunFolder, c: FinetuneConfig) -> None:
-    """Raises a `UserError` where the folder was made with other settings, whatever the run they began from."""
+    """Raises a `UserError` where the folder was made with other settings, whatever the run they began from.
+
+    Nor does it matter where that run lies: a folder may have been moved together with it.
+    """
     stored = folder.read("config")
     if stored is not None:
-        pretrained = {key: stored[key] for key in ("model", "tokenizer", "init_step") if key in stored}
-        folder.check_belongs(settings_of(c) | pretrained)
+        start = {key: stored[key] for key in ("init_from", "model", "tokenizer", "init_step") if key in stored}
+        folder.check_belongs(settings_of(c) | start)
 
 
 def out_of_memory(c: GlueConfig) -> str:

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import tiny
 
-from benchmarks import attention, lengths, ours, peers, served, start, step
+from benchmarks import attention, convolution, lengths, ours, peers, served, start, step
 from benchmarks.arguments import documented, positive, sizes
 from benchmarks.settings import configured
 from benchmarks.suites import COMPOSITE, HF, PLAIN, SUITES, Ratio, Spec, Suite
@@ -48,20 +48,38 @@ def test_help_shows_the_defaults_worth_showing():
     ("given", "said"),
     [
         (["--rounds=0"], "0 must be a whole number from 1 on"),
-        (["--shapes=2x16,3xa"], "2x16,3xa must be sizes such as 256x128,64x512: a must be"),
-        (["--shapes=2"], None),
+        (["--shapes=2x16,3xa"], "--shapes: a must be a whole number from 1 on"),
+        (["--shapes=2x16,3"], "2x16,3 must be BATCHxLENGTH, or several by commas"),
+        (["--shapes=2x3"], None),
     ],
 )
 def test_counts_and_sizes_are_read_or_refused(given, said, capsys):
     parser = documented("Times things.")
     parser.add_argument("--rounds", type=positive, default=7)
-    parser.add_argument("--shapes", type=sizes, default="1x2,3x4")
+    parser.add_argument("--shapes", type=sizes("batch", "length"), default="1x2,3x4")
     if said is None:
-        assert parser.parse_args(given).shapes == [(2,)]
+        assert parser.parse_args(given).shapes == [(2, 3)]
         assert parser.parse_args([]).shapes == [(1, 2), (3, 4)]
         return
     with pytest.raises(SystemExit):
         parser.parse_args(given)
+    assert said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("benchmark", [attention, convolution], ids=["attention", "convolution"])
+@pytest.mark.parametrize(
+    ("option", "said"),
+    [
+        ("--check", "--check: this compiles the kernels for an NVIDIA GPU, and there is none"),
+        ("--candidates", "--candidates: this compiles the kernels for an NVIDIA GPU, and there is none"),
+        ("--contenders=nope", "--contenders=nope is in none of: "),
+    ],
+)
+def test_what_cannot_be_timed_here_is_one_line(benchmark, option, said, monkeypatch, capsys):
+    monkeypatch.setattr(jax, "default_backend", lambda: "cpu")
+    monkeypatch.setattr("sys.argv", ["benchmark", option])
+    with pytest.raises(SystemExit):
+        benchmark.main()
     assert said in capsys.readouterr().err
 
 

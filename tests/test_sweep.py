@@ -172,7 +172,7 @@ def test_fine_tunings_with_other_settings_are_refused_at_once(config, tmp_path):
     made = parse(
         ["finetune", f"--config={ROOT / 'configs' / 'glue.py'}", "--config.init_from=r", "--config.glue.length=16"]
     )
-    settings = settings_of(from_config(FinetuneConfig, made.config)) | {"init_from": str(tmp_path / "v0-0")}
+    settings = settings_of(from_config(FinetuneConfig, made.config)) | {"init_from": "before-it-was-moved/v0-0"}
     (folder / "config.json").write_text(
         json.dumps(settings | {"model": {"width": 8}, "tokenizer": "t", "init_step": 3})
     )

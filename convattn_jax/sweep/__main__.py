@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 
 from convattn_jax.arguments import Parser
-from convattn_jax.config import BY_KEYBOARD, UserError, check, did_you_mean, run_file
+from convattn_jax.config import BY_KEYBOARD, UserError, check, run_file
 from convattn_jax.data.bucket import in_a_bucket
 
 EPILOG = """\
@@ -18,14 +18,13 @@ is invalid (then none was started), 130 after Ctrl-C. A run that another process
 """
 
 
-OPTIONS = ("--sweep", "--workdir", "--shard", "--seeds", "--only", "--list")
-
-
 def main(argv: Sequence[str] | None = None) -> None:
     """Runs a sweep, or prints its commands."""
     try:
-        args, rest = _parser().parse_known_args(argv)
-        sys.exit(_run(args, rest))
+        parser = _parser()
+        args, rest = parser.parse_known_args(argv)
+        config, finetune = _overrides(rest, parser)
+        sys.exit(_run(args, config, finetune))
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
@@ -34,11 +33,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         sys.exit(BY_KEYBOARD)
 
 
-def _run(args: argparse.Namespace, rest: Sequence[str]) -> int:
+def _run(args: argparse.Namespace, config: dict[str, str], finetune: dict[str, str]) -> int:
     from convattn_jax.sweep.table import Sweep
 
     sweep = run_file("sweep", args.sweep, Sweep)
-    config, finetune = _overrides(rest)
     check(
         not in_a_bucket(args.workdir),
         f"--workdir={args.workdir}: a sweep keeps its books on a disk: name a local folder",
@@ -94,14 +92,14 @@ def _parser() -> Parser:
     return parser
 
 
-def _overrides(rest: Sequence[str]) -> tuple[dict[str, str], dict[str, str]]:
+def _overrides(rest: Sequence[str], parser: Parser) -> tuple[dict[str, str], dict[str, str]]:
     """--config.KEY=VALUE and --finetune.KEY=VALUE."""
     found: dict[str, dict[str, str]] = {"config": {}, "finetune": {}}
     for arg in rest:
         name, equals, value = arg.removeprefix("--").partition("=")
         group, dot, key = name.partition(".")
         known = arg.startswith("--") and dot and group in found
-        near = did_you_mean(f"--{name}", OPTIONS)
+        near = parser.near(f"--{name}")
         check(
             bool(known),
             f"{arg} is no option{near}; there are --config.KEY=VALUE and --finetune.KEY=VALUE, and see --help",
