@@ -58,6 +58,13 @@ def test_the_presets_are_the_reference_ones():
     assert [recipe("stable", TASKS[name]).batch_size for name in ("mnli", "qqp", "rte")] == [16, 16, 16]
     assert [recipe("electra", TASKS[name]).learning_rate for name in ("mnli", "qnli")] == [3e-4, 1e-4]
     assert {r.learning_rate for r in PRESETS["electra_base"].values()} == {1e-4}
+
+
+def test_probes_are_trained_no_harder_than_the_tasks_of_glue():
+    gentle = PRESETS["electra"]["cola"]
+    for probe in PRESETS["probe"].values():
+        assert probe.learning_rate <= gentle.learning_rate
+        assert probe.batch_size >= gentle.batch_size
     assert {r.learning_rate for r in PRESETS["stable"].values()} == {2e-5}
     assert {r.warmup for preset in PRESETS.values() for r in preset.values()} == {0.1}
     assert {r.length for preset in GLUE_PRESETS for r in PRESETS[preset].values()} == {128}
