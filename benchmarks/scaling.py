@@ -7,8 +7,9 @@
 
 Composite attention, bfloat16, dropout 0.1 (attention's too), masking on the device, AdamW; random ids in full rows.
 `large` runs its 24 layers as a scan, which compiles in a fraction of the time of unrolled ones; a size is compared
-with itself on one device. One process a device, as NVIDIA advises (`--processes=one`: one for all of them). All
-programs of a size are compiled beforehand, then take turns; the ratio to one device is taken within a turn. Who gives
+with itself on one device, on each of them in turn: devices of one host differ by some per cent, and what waits for all
+of them is as slow as the slowest. One process a device, as NVIDIA advises (`--processes=one`: one for all of them). All
+programs of a size are compiled beforehand, then take turns; ratios to one device are taken within a turn. Who gives
 no answer in time is left out, with its stacks. Writes scaling.jsonl and scaling.md to --out.
 
 Below each table: the collectives of the compiled step, and of those that run beside other work how many kernels stand
@@ -36,9 +37,9 @@ PROCESSES = ("each", "one")
 
 
 def contenders(size: str, meshes: Sequence[str], devices: Sequence[int], variants: Sequence[str]) -> list[Contender]:
-    """One device once, data parallel and by default: the yardstick, first."""
-    more = [Contender(size, m, n, v) for n in devices if n > 1 for m in meshes for v in variants]
-    return [Contender(size, "data", 1, "default"), *more]
+    """Each device by itself, data parallel and by default: the yardsticks, first."""
+    alone = [Contender(size, "data", 1, "default", i) for i in range(max(devices))]
+    return [*alone, *(Contender(size, m, n, v) for n in devices if n > 1 for m in meshes for v in variants)]
 
 
 class Group:
@@ -46,6 +47,7 @@ class Group:
 
     def __init__(self, devices: int, chosen: Sequence[Contender], shape: Shape, processes: str, patience: float):
         count = devices if processes == "each" else 1
+        seen = devices // count + max(one.number for one in chosen)  # by a process
         with socket.socket() as free:
             free.bind(("localhost", 0))
             port = free.getsockname()[1]
@@ -60,7 +62,7 @@ class Group:
             Served(
                 "benchmarks.scaling_worker",
                 told | {"process": i},
-                environment(devices // count, i if count > 1 else None),
+                environment(seen, i if count > 1 else None),
                 patience,
                 later=True,
             )
@@ -74,7 +76,7 @@ class Group:
             for one in self.chosen:
                 facts = [worker.answer() for worker in self.workers]
                 found[one] = facts[0]
-                print(f"{one.size}, {self.name}, {one.mesh}: compiled in {facts[0]['compile_s']:.0f} s",
+                print(f"{one.size}, {one.place}, {one.mesh}: compiled in {facts[0]['compile_s']:.0f} s",
                       file=sys.stderr, flush=True)  # fmt: skip
         except LeftOutError as error:
             self.leave_out(error)
@@ -134,8 +136,8 @@ def measure(size: str, args: argparse.Namespace) -> list[dict[str, Any]]:
     finally:
         for group in groups.values():
             group.close()
-    alone = seconds.get(chosen[0])
-    if alone is None:
+    alone = [times for one, times in seconds.items() if one.devices == 1]
+    if not alone:
         raise SystemExit(
             f"{size}: nothing ran on one device, for the reason above; on CPU: JAX_PLATFORMS=cpu, --sizes=tiny"
         )
@@ -143,7 +145,7 @@ def measure(size: str, args: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 def record(
-    one: Contender, facts: dict[str, Any], times: list[float], alone: list[float], args: argparse.Namespace
+    one: Contender, facts: dict[str, Any], times: list[float], alone: list[list[float]], args: argparse.Namespace
 ) -> dict[str, Any]:
     """What is written as a JSON line."""
     return {
@@ -154,7 +156,8 @@ def record(
         **facts,
         "step_ms": [1e3 * t for t in times],
         "tokens_per_second": [one.devices * args.rows * args.length / t for t in times],
-        "speedup": [one.devices * a / t for a, t in zip(alone, times, strict=False)],
+        "speedup": [one.devices * a / t for a, t in zip(alone[0], times, strict=False)],
+        "speedup_of_slowest": [one.devices * max(a) / t for *a, t in zip(*alone, times, strict=False)],
     }
 
 
@@ -169,15 +172,16 @@ def markdown(records: list[dict[str, Any]]) -> Iterator[str]:
     )
     yield from (
         "",
-        "| devices | mesh | compiler | ms | tokens/s | against one | compiled in |",
-        "|---|---|---|---|---|---|---|",
+        "| devices | mesh | compiler | ms | tokens/s | against the first | against the slowest | compiled in |",
+        "|---|---|---|---|---|---|---|---|",
     )
     for r in records:
         ms, tokens = _spread(r["step_ms"], ".1f"), _spread(r["tokens_per_second"], ",.0f")
-        figures = [ms, tokens, _spread(r["speedup"], ".3f"), f"{r['compile_s']:.0f} s"]
-        yield f"| {r['devices']} | {r['mesh']} | {r['variant']} | {' | '.join(figures)} |"
+        ratios = [_spread(r[name], ".3f") for name in ("speedup", "speedup_of_slowest")]
+        which = f"1 (number {r['number']})" if r["devices"] == 1 else str(r["devices"])
+        yield f"| {which} | {r['mesh']} | {r['variant']} | {' | '.join([ms, tokens, *ratios])} | {r['compile_s']:.0f} s |"
     yield ""
-    for r in records[1:]:
+    for r in (r for r in records if r["devices"] > 1):
         sent = ", ".join(f"{runs} {kind} of {human(size, ' ')}B" for kind, _, runs, size in r["collectives"])
         beside = f"; kernels beside each: {r['overlap']}" if r["overlap"] else "; none beside other work"
         yield f"- {r['devices']} x {r['mesh']}, {r['variant']}: {sent}{beside}"
@@ -190,7 +194,7 @@ def _spread(values: list[float], form: str) -> str:
 def main() -> None:
     """Measures each size, prints its table, writes the records."""
     parser = documented(__doc__)
-    parser.add_argument("--devices", default="1,2", help="how many, by commas; one is always measured")
+    parser.add_argument("--devices", default="1,2", help="how many, by commas; each by itself is always measured")
     parser.add_argument("--meshes", default="data,fsdp", help=f"by commas: {', '.join(AXES)}")
     parser.add_argument("--sizes", default="base,large", help="of configs/base.py, by commas")
     parser.add_argument("--variants", default="default", help="compiler options NAME=VALUE,..., variants apart by ;")

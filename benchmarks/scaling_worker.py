@@ -30,12 +30,18 @@ class Shape:
 
 @dataclasses.dataclass(frozen=True)
 class Contender:
-    """One program: a size on some devices of the host, along one axis, compiled with some options."""
+    """One program: a size on some devices of the host from `number` on, along one axis, compiled with some options."""
 
     size: str
     mesh: str
     devices: int
     variant: str
+    number: int = 0
+
+    @property
+    def place(self) -> str:
+        """Its devices, in words."""
+        return f"device {self.number}" if self.devices == 1 else f"{self.devices} devices"
 
     @property
     def options(self) -> dict[str, Any]:
@@ -64,9 +70,10 @@ class Runner:
         c.train.batch_size, c.data.length = shape.rows * contender.devices, shape.length
         c = from_config(PretrainConfig, c)
         axes = tuple(contender.devices if n == -1 else n for n in AXES[contender.mesh])
-        if len(jax.devices()) < contender.devices:
-            raise ValueError(f"--devices={contender.devices}: this host has {len(jax.devices())}")
-        devices = jax.devices()[: contender.devices]
+        last = contender.number + contender.devices
+        if len(jax.devices()) < last:
+            raise ValueError(f"--devices={last}: this host has {len(jax.devices())}")
+        devices = jax.devices()[contender.number : last]
         mesh = jax.make_mesh(axes, sharding.AXES, axis_types=(AxisType.Auto,) * len(axes), devices=devices)
         sharding.check_divides(mesh, c.train.batch_size, 1, c.model.heads)
         self.program = Program(c, made_up_vocabulary(shape.vocabulary), np.ones(shape.vocabulary, np.int64), mesh)

@@ -6,6 +6,7 @@ import pathlib
 import signal
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 
@@ -28,10 +29,21 @@ def test_kernels_beside_a_collective_are_counted():
     assert scaling_worker.overlaps(SCHEDULE) == [2, 1]
 
 
-def test_one_device_is_the_yardstick_whatever_is_asked_for():
-    found = scaling.contenders("base", ["data", "fsdp"], [1, 2], ["default", "xla_a=true,xla_b=7"])
-    assert [(one.mesh, one.devices) for one in found] == [("data", 1), *[("data", 2)] * 2, *[("fsdp", 2)] * 2]
-    assert found[2].options == {"xla_a": True, "xla_b": "7"}
+@pytest.mark.parametrize("devices", [[2], [1, 2]])
+def test_each_device_by_itself_is_a_yardstick_whatever_is_asked_for(devices):
+    found = scaling.contenders("base", ["data", "fsdp"], devices, ["default", "xla_a=true,xla_b=7"])
+    assert [(one.mesh, one.devices) for one in found] == [*[("data", 1)] * 2, *[("data", 2)] * 2, *[("fsdp", 2)] * 2]
+    assert [one.number for one in found] == [0, 1, 0, 0, 0, 0]
+    assert found[3].options == {"xla_a": True, "xla_b": "7"}
+
+
+def test_ratios_are_taken_within_a_turn_to_the_first_and_to_the_slowest_device():
+    both = scaling_worker.Contender("base", "data", 2, "default")
+    args = SimpleNamespace(rows=4, length=8, processes="each")
+    found = scaling.record(both, {}, [2.0, 2.0], [[1.5, 1.9], [1.8, 1.7]], args)  # seconds: turns of each device
+    assert found["speedup"] == [1.5, 1.9]
+    assert found["speedup_of_slowest"] == [1.8, 1.9]
+    assert found["tokens_per_second"] == [32, 32]
 
 
 def test_the_benchmark_leaves_a_record_of_each_mesh(tmp_path):
@@ -45,14 +57,17 @@ def test_the_benchmark_leaves_a_record_of_each_mesh(tmp_path):
     )
     assert ended.returncode == 0, ended.stderr
     records = [json.loads(line) for line in (tmp_path / "scaling.jsonl").read_text().splitlines()]
-    assert [(r["mesh"], r["devices"], len(r["step_ms"])) for r in records] == [
-        ("data", 1, 2),
-        ("data", 2, 2),
-        ("fsdp", 2, 2),
+    assert [(r["mesh"], r["devices"], r["number"], len(r["step_ms"])) for r in records] == [
+        ("data", 1, 0, 2),
+        ("data", 1, 1, 2),
+        ("data", 2, 0, 2),
+        ("fsdp", 2, 0, 2),
     ]
     kinds = [{row[0] for row in r["collectives"]} for r in records]
-    assert (kinds[0], kinds[1], "all-gather" in kinds[2]) == (set(), {"all-reduce"}, True)
-    assert "| 2 | fsdp | default |" in (tmp_path / "scaling.md").read_text()
+    assert (kinds[0], kinds[1], kinds[2], "all-gather" in kinds[3]) == (set(), set(), {"all-reduce"}, True)
+    table = (tmp_path / "scaling.md").read_text()
+    assert "| 1 (number 1) | data | default |" in table
+    assert "| 2 | fsdp | default |" in table
 
 
 def test_a_worker_that_has_died_is_left_out_when_it_is_asked():
