@@ -22,6 +22,8 @@ def get_config() -> ConfigDict:
     glue.source = "tsv"  # of GLUE's tasks: tsv (a folder of the original files) | tfds
     glue.data_dir = ""  # the folder; empty with tfds: TFDS's own default
     glue.preset = "electra"  # electra | electra_base | stable; the probes have a preset of their own
+    glue.learning_rate = 0.0  # the peak; 0: the preset's
+    glue.epochs = 0  # passes over a task's training rows; 0: as many as the preset's steps or epochs come to
     glue.seeds = 0  # runs of each task; 0: ten, and two of a probe
     glue.together = 0  # seeds trained as one program; 0: as many as fit into memory
     glue.length = 128  # tokens of a text or pair, at most; 8 to 128

@@ -35,6 +35,8 @@ ADDED = {
     "mesh.dry_run": False,
     "watchdog.killed_seconds": 100,
     "watchdog.frozen_seconds": 300,
+    "glue.learning_rate": 0.0,
+    "glue.epochs": 0,
 }
 
 
@@ -69,7 +71,7 @@ def completed(config: dict[str, Any]) -> dict[str, Any]:
         *groups, leaf = key.split(".")
         target: Any = config
         for group in groups:
-            whole = config.get("task") == "pretrain"  # another task stores parts of its own
+            whole = config.get("task") == "pretrain" and group != "glue"  # a task stores no other's parts
             target = target.setdefault(group, {}) if whole else target.get(group, {})
             if not isinstance(target, dict):
                 return config

@@ -497,6 +497,8 @@ ERRORS = {
     "no task": (unchanged, ["--config.glue.tasks="], "glue.tasks is empty"),
     "ax alone": (unchanged, [RTE[1], "--config.glue.tasks=ax"], "glue.tasks=ax is predicted by the model of mnli"),
     "preset": (unchanged, ["--config.glue.preset=elektra"], "glue.preset='elektra' is unknown (did you mean"),
+    "rate": (unchanged, ["--config.glue.learning_rate=-1e-3"], "glue.learning_rate=-0.001 must be 0 (the preset's) or"),
+    "epochs": (unchanged, ["--config.glue.epochs=-1"], "glue.epochs=-1 must be 0 (what the preset says) or more"),
     "source": (unchanged, ["--config.glue.source=csv"], "glue.source='csv' is unknown"),
     "seeds": (unchanged, ["--config.glue.seeds=11"], "glue.seeds=11 must lie in 0 .. 10"),
     "length": (unchanged, ["--config.glue.length=129"], "glue.length=129 must lie in 8 .. 128"),
@@ -535,10 +537,17 @@ def test_a_folder_is_of_one_start_and_one_recipe(home, copy, capsys):
     for args, message in (
         (["--config.glue.length=24"], "was made with glue.length=16, not 24"),
         (["--config.glue.preset=stable"], "was made with glue.preset=electra, not stable"),
+        (["--config.glue.epochs=3"], "was made with glue.epochs=0, not 3"),
     ):
         with pytest.raises(SystemExit):
             start(home, *PROBE, f"--workdir={copy}", *args)
         assert message in capsys.readouterr().err
+    before = json.loads((copy / "config.json").read_text())  # as it was before there were these keys
+    older = {key: value for key, value in before["glue"].items() if key not in ("epochs", "learning_rate")}
+    change_json(copy / "config.json", glue=older)
+    with pytest.raises(SystemExit):
+        start(home, *PROBE, f"--workdir={copy}", "--config.glue.learning_rate=1e-3")
+    assert "was made with glue.learning_rate=0.0, not 0.001" in capsys.readouterr().err
     change_json(copy / "config.json", init_step=1)
     with pytest.raises(SystemExit):
         start(home, *PROBE, f"--workdir={copy}")

@@ -1,8 +1,12 @@
 """The table of tasks and the recipes: complete, and the reference's numbers."""
 
+import dataclasses
+
 import pytest
 
-from convattn_jax.config import UserError
+from configs import glue
+from convattn_jax.config import UserError, from_config
+from convattn_jax.glue.config import GlueConfig
 from convattn_jax.glue.metrics import CLASS_METRICS, SCORE_METRICS
 from convattn_jax.glue.tasks import GLUE, GLUE_PRESETS, PRESETS, PROBES, TASKS, recipe, select, steps_for
 
@@ -49,11 +53,15 @@ def test_every_preset_trains_every_task():
     assert set(PRESETS["probe"]) == set(PROBES)
 
 
+def steps_of(name: str, preset: str, rows: int) -> int:
+    return steps_for(TASKS[name], recipe(preset, TASKS[name]), rows)
+
+
 def test_the_presets_are_the_reference_ones():
-    assert [steps_for(TASKS[name], "electra", TASKS[name].train_rows) for name in TRAINED] == [
+    assert [steps_of(name, "electra", TASKS[name].train_rows) for name in TRAINED] == [
         *(12121, 851, 6409, 343, 1836, 11200, 9835, 777, 100)
     ]
-    assert steps_for(TASKS["rte"], "stable", 2490) == 20 * 155
+    assert steps_of("rte", "stable", 2490) == 20 * 155
     assert [recipe("electra", TASKS[name]).batch_size for name in ("mnli", "qqp", "rte")] == [128, 128, 32]
     assert [recipe("stable", TASKS[name]).batch_size for name in ("mnli", "qqp", "rte")] == [16, 16, 16]
     assert [recipe("electra", TASKS[name]).learning_rate for name in ("mnli", "qnli")] == [3e-4, 1e-4]
@@ -71,13 +79,24 @@ def test_probes_are_trained_no_harder_than_the_tasks_of_glue():
 
 
 def test_another_training_size_keeps_the_epochs():
-    mnli = TASKS["mnli"]
-    assert steps_for(mnli, "electra", mnli.train_rows // 4) == pytest.approx(12121 / 4, abs=1)
-    assert steps_for(mnli, "electra", 1) == 1
-    assert steps_for(TASKS["word_order"], "electra", 4432) == 8 * 139
-    assert steps_for(TASKS["word_order"], "stable", 33) == 8 * 2
+    assert steps_of("mnli", "electra", TASKS["mnli"].train_rows // 4) == pytest.approx(12121 / 4, abs=1)
+    assert steps_of("mnli", "electra", 1) == 1
+    assert steps_of("word_order", "electra", 4432) == 8 * 139
+    assert steps_of("word_order", "stable", 33) == 8 * 2
     with pytest.raises(UserError, match=r"glue.tasks=rte: there are no training rows"):
-        steps_for(TASKS["rte"], "electra", 0)
+        steps_of("rte", "electra", 0)
+
+
+def test_rate_and_epochs_are_the_preset_s_unless_they_are_set():
+    asked = from_config(GlueConfig, glue.get_config().glue, "glue.")
+    for name in ("rte", "word_order"):
+        assert asked.recipe_of(TASKS[name]) == recipe("electra", TASKS[name])
+        ours = dataclasses.replace(asked, learning_rate=7e-4, epochs=3).recipe_of(TASKS[name])
+        assert ours.learning_rate == 7e-4
+        assert steps_for(TASKS[name], ours, 100) == 3 * 4  # batches of 32
+        assert dataclasses.replace(ours, learning_rate=0.0, steps=0, epochs=0) == dataclasses.replace(
+            recipe("electra", TASKS[name]), learning_rate=0.0, steps=0, epochs=0
+        )
 
 
 def test_tasks_are_selected_by_name():

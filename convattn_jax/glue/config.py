@@ -1,11 +1,12 @@
 """What is fine-tuned, on which rows, with how many seeds."""
 
 import dataclasses
+import math
 
 from convattn_jax.config import check, check_choice
 from convattn_jax.glue.examples import BUCKETS
 from convattn_jax.glue.sources import SOURCES
-from convattn_jax.glue.tasks import GLUE, GLUE_PRESETS, Task, recipe, select
+from convattn_jax.glue.tasks import GLUE, GLUE_PRESETS, Recipe, Task, recipe, select
 
 SEEDS = (42, 97, 834, 622, 329, 75, 213, 101, 123, 57)  # the reference's
 
@@ -18,6 +19,8 @@ class GlueConfig:
     source: str
     data_dir: str
     preset: str
+    learning_rate: float
+    epochs: int
     seeds: int
     together: int
     length: int
@@ -34,6 +37,11 @@ class GlueConfig:
             )
         check_choice("glue.source", self.source, SOURCES)
         check_choice("glue.preset", self.preset, GLUE_PRESETS)
+        check(
+            0 <= self.learning_rate < math.inf,
+            f"glue.learning_rate={self.learning_rate} must be 0 (the preset's) or a positive number",
+        )
+        check(self.epochs >= 0, f"glue.epochs={self.epochs} must be 0 (what the preset says) or more")
         check(0 <= self.seeds <= len(SEEDS), f"glue.seeds={self.seeds} must lie in 0 .. {len(SEEDS)}")
         check(self.together >= 0, f"glue.together={self.together} must be 0 (as many as fit) or more")
         check(8 <= self.length <= BUCKETS[-1], f"glue.length={self.length} must lie in 8 .. {BUCKETS[-1]} tokens")
@@ -45,6 +53,13 @@ class GlueConfig:
         """The seeds a task is run with."""
         return SEEDS[: self.seeds or (2 if task.is_probe else len(SEEDS))]
 
+    def recipe_of(self, task: Task) -> Recipe:
+        """How a task is trained: its preset, and what is set beside it."""
+        chosen = recipe(self.preset, task)
+        if self.learning_rate:
+            chosen = dataclasses.replace(chosen, learning_rate=self.learning_rate)
+        return dataclasses.replace(chosen, steps=0, epochs=self.epochs) if self.epochs else chosen
+
     def length_of(self, task: Task) -> int:
         """The longest row of a task, in tokens."""
-        return min(self.length, recipe(self.preset, task).length)
+        return min(self.length, self.recipe_of(task).length)

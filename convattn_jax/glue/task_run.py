@@ -18,7 +18,7 @@ from convattn_jax.glue import examples, finished, metrics, unfinished
 from convattn_jax.glue.batches import Batch, join, stack
 from convattn_jax.glue.config import GlueConfig
 from convattn_jax.glue.data import TaskData, Texts
-from convattn_jax.glue.tasks import TASKS, Task, recipe, steps_for
+from convattn_jax.glue.tasks import TASKS, Task, steps_for
 from convattn_jax.glue.training import Schedule, Trainer, bytes_per_seed, seeds_that_fit
 from convattn_jax.inference import Pretrained
 from convattn_jax.kernels.operations import operations_by
@@ -47,8 +47,8 @@ class TaskRun:
     ):
         self.c, self.task, self.data, self.console, self.account = c, task, data, console, account
         self.pretrained, self.folder, self.trainer = pretrained, folder, trainer
-        self.recipe = recipe(c.preset, task)
-        steps = steps_for(task, c.preset, len(data.train(0).rows))
+        self.recipe = c.recipe_of(task)
+        steps = steps_for(task, self.recipe, len(data.train(0).rows))
         self.schedule = Schedule(steps, self.recipe.learning_rate, round(self.recipe.warmup * steps))
         self.edges = edges_to(c.length_of(task))
         self._copies = 1  # of the best seed while it predicts: as many as have trained together, in whose program

@@ -193,15 +193,14 @@ def recipe(preset: str, task: Task) -> Recipe:
     return PRESETS["probe" if task.is_probe else preset][task.name]
 
 
-def steps_for(task: Task, preset: str, train_rows: int) -> int:
-    """Training steps: the preset's on the full training set, as many epochs as those are on another size.
+def steps_for(task: Task, chosen: Recipe, train_rows: int) -> int:
+    """Training steps: the recipe's on the full training set, as many epochs as those are on another size.
 
     A recipe of E epochs takes E * ceil(rows / batch) steps.
 
     Raises:
       UserError: there are no rows.
     """
-    chosen = recipe(preset, task)
     if train_rows < 1:
         raise UserError(f"glue.tasks={task.name}: there are no training rows; name a source that has some")
     if chosen.epochs:

@@ -104,7 +104,7 @@ class Progress:
             for seed, loss in zip(self.seeds, losses, strict=True):
                 check(
                     bool(np.isfinite(loss)),
-                    f"glue.tasks={self.task}: the loss of seed {seed} is not finite at step {step}: choose another "
-                    "glue.preset, in another --workdir",
+                    f"glue.tasks={self.task}: the loss of seed {seed} is not finite at step {step}: choose a lower "
+                    "glue.learning_rate, in another --workdir",
                 )
         self._losses = []
