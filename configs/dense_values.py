@@ -2,7 +2,8 @@
 
     python -m convattn_jax.main --config=configs/dense_values.py
 
-Three times the values' parameters and multiplications: the price of what `depthwise_values` gets for little.
+Three times the values' parameters and multiplications: the price of what `depthwise_values` gets for little. Positions
+are absolute, for the reason that stands there.
 """
 
 from ml_collections import ConfigDict
@@ -15,5 +16,4 @@ def get_config(size: str = "tiny") -> ConfigDict:
     c.name = base.name("dense_values", size)
     c.model.value.kind = "grouped"
     c.model.value.radius = 1
-    c.model.positions = "none"
     return c

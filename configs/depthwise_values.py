@@ -2,7 +2,8 @@
 
     python -m convattn_jax.main --config=configs/depthwise_values.py
 
-The convolution is the only thing that knows order.
+Positions are absolute. Without any, every [MASK] of a text would ask the same question and get the same answer
+(docs/results.md): such values know their neighbours, but nothing tells a token which of them is its own.
 """
 
 from ml_collections import ConfigDict
@@ -14,5 +15,4 @@ def get_config(size: str = "tiny") -> ConfigDict:
     c = base.get_config(size)
     c.name = base.name("depthwise_values", size)
     c.model.value.kind = "separable"
-    c.model.positions = "none"
     return c

@@ -2,7 +2,8 @@
 
     python -m convattn_jax.main --config=configs/mixed_values.py
 
-Between `depthwise_values` and plain values: half of the heads still see single words.
+Between `depthwise_values` and plain values: half of the heads still see single words. Positions are absolute, for the
+reason that stands there.
 """
 
 from ml_collections import ConfigDict
@@ -15,5 +16,4 @@ def get_config(size: str = "tiny") -> ConfigDict:
     c.name = base.name("mixed_values", size)
     c.model.value.kind = "separable"
     c.model.value.half = True
-    c.model.positions = "none"
     return c

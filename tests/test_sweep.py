@@ -467,6 +467,7 @@ def test_the_provided_sweeps_are_those_promised():
     assert names("radius")[1:] == [f"composite_r{radius}" for radius in (2, 4, 8, 16, 32)]
     assert len(set(names("terms")[1:])) == 8
     assert all(name.startswith("content") for name in names("terms")[1:])
-    places = {name.removeprefix("composite+") for name in names("convolutions")}
-    assert len(places - {"absolute", "composite"}) == 5
+    bases, places = ({name.split("+")[part] for name in names("convolutions")[2:]} for part in (0, 1))
+    assert bases == set(names("convolutions")[:2]) == {"absolute", "composite"}
+    assert len(places) == 5
     assert len(names("convolutions")) == 2 + 2 * 5

@@ -18,7 +18,7 @@ from convattn_jax import train, variants
 from convattn_jax.config import load_config_file, parse
 from convattn_jax.model.branches import BRANCHES
 from convattn_jax.model.heads import cross_entropy
-from convattn_jax.model.inputs import Inputs
+from convattn_jax.model.inputs import Inputs, from_mask
 from convattn_jax.model.mixers import MIXERS
 from convattn_jax.model.mlm import MaskedLM
 from convattn_jax.model.projections import PROJECTIONS
@@ -109,6 +109,21 @@ def test_every_row_of_every_table_is_in_some_configuration():
     assert tables - used == {"convbert_reference"}  # only there to load checkpoints
 
 
+@pytest.mark.parametrize("name", VARIANTS)
+def test_one_mask_is_told_from_another_by_every_variant_but_the_one_without_positions(name):
+    # Content alone cannot: equal tokens ask and answer alike. Nor can values that know their neighbours.
+    model = MaskedLM(harness.model_config(shrunken(load_config_file(str(CONFIGS / f"{name}.py")))), VOCABULARY)
+    mask, places = 4, jnp.array([[1, 4, 6]])
+    ids = jnp.array([[2, 5, 6, 5, 7, 6, 5, 3]]).at[:, places[0]].set(mask)
+    params = model.initial_params(jax.random.key(0))
+    keys = jax.random.split(jax.random.key(1), len(jax.tree.leaves(params)))
+    keys = jax.tree.unflatten(jax.tree.structure(params), list(keys))
+    moved = jax.tree.map(lambda leaf, key: leaf + 0.5 * jax.random.normal(key, leaf.shape), params, keys)
+    logits: Any = model.apply({"params": moved}, from_mask(ids), places)
+    apart = float(jnp.abs(logits[0, 1:, :VOCABULARY] - logits[0, 0, :VOCABULARY]).min(0).max())
+    assert (apart == 0) == (name == "no_positions")
+
+
 # --- the table of variants ---
 
 
@@ -159,7 +174,7 @@ def test_equations_and_costs_are_put_together_from_the_tables(rows):
     assert rows["composite"].equation == "q_i.k_j/sqrt(K) + beta[c(j-i)] + q_i.w^Q[c(j-i)]/sqrt(K)"
     assert rows["composite"].cost == "2 B T^2 D + H T^2 + B T D W"
     assert rows["bert"].equation == "q_i.k_j/sqrt(K); x_t += p_t"
-    assert rows["mixed_values"].equation == "q_i.k_j/sqrt(K); v = gelu(depthwise(x)) W in half of the heads"
+    assert rows["mixed_values"].equation == "q_i.k_j/sqrt(K); v = gelu(depthwise(x)) W in half of the heads; x_t += p_t"
     assert rows["no_query_key"].cost == "2 B T^2 D + H T^2 + B T D W - 2 B T D^2"
 
 

@@ -1,4 +1,4 @@
-"""Where a depthwise-separable convolution is put, alone and beside composite attention.
+"""Where a depthwise-separable convolution is put, beside absolute positions and beside composite attention.
 
 python -m convattn_jax.sweep --sweep=configs/sweeps/convolutions.py --seeds=0,1,2
 """
@@ -13,6 +13,10 @@ PLACES = {
     "half_of_values": "mixed_values",
     "branch": "depthwise_branch",
 }
+BASES = {
+    "absolute": {"model__positions": "absolute"},
+    "composite": {"model__positions": "none", "model__scores": COMPOSITE},
+}
 
 
 def get_sweep(size: str = "tiny") -> Sweep:
@@ -21,8 +25,9 @@ def get_sweep(size: str = "tiny") -> Sweep:
 
 def variants(size: str):
     plain = (variant("absolute", "bert", size), variant("composite", "composite", size))
-    alone = tuple(variant(f"depthwise_{place}", file, size) for place, file in PLACES.items())
-    beside = tuple(
-        variant(f"composite+depthwise_{place}", file, size, model__scores=COMPOSITE) for place, file in PLACES.items()
+    added = tuple(
+        variant(f"{base}+depthwise_{place}", file, size, **changes)
+        for base, changes in BASES.items()
+        for place, file in PLACES.items()
     )
-    return plain + alone + beside
+    return plain + added
