@@ -179,7 +179,8 @@ def markdown(records: list[dict[str, Any]]) -> Iterator[str]:
         ms, tokens = _spread(r["step_ms"], ".1f"), _spread(r["tokens_per_second"], ",.0f")
         ratios = [_spread(r[name], ".3f") for name in ("speedup", "speedup_of_slowest")]
         which = f"1 (number {r['number']})" if r["devices"] == 1 else str(r["devices"])
-        yield f"| {which} | {r['mesh']} | {r['variant']} | {' | '.join([ms, tokens, *ratios])} | {r['compile_s']:.0f} s |"
+        figures = [which, r["mesh"], r["variant"], ms, tokens, *ratios, f"{r['compile_s']:.0f} s"]
+        yield f"| {' | '.join(figures)} |"
     yield ""
     for r in (r for r in records if r["devices"] > 1):
         sent = ", ".join(f"{runs} {kind} of {human(size, ' ')}B" for kind, _, runs, size in r["collectives"])
