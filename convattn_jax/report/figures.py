@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import matplotlib
 import numpy as np
+import PIL.Image
 from matplotlib.colors import Normalize, PowerNorm
 from matplotlib.figure import Figure
 
@@ -163,12 +164,16 @@ def attention(found: AttentionMaps) -> Drawing:
 
 def _drawn(draw: Callable[[Figure], None], width: float, height: float, form: str = "svg") -> Drawing:
     """The picture; names are drawn as they are, not as formulas."""
-    with matplotlib.rc_context({"text.parse_math": False, "svg.hashsalt": "report", "axes.unicode_minus": True}):
+    with matplotlib.rc_context({"text.parse_math": False, "svg.hashsalt": "report", "axes.unicode_minus": True, "svg.fonttype": "none"}):
         figure = Figure(figsize=(width, height), dpi=200, facecolor="white")
         draw(figure)
         content = io.BytesIO()
         nothing = {"Date": None, "Creator": None} if form == "svg" else {"Software": None}
         figure.savefig(content, format=form, metadata=nothing)
+    if form == "png":  # few colours: a palette takes a third of the bytes
+        colours = PIL.Image.open(content).convert("RGB").quantize(256, dither=PIL.Image.Dither.NONE)
+        content = io.BytesIO()
+        colours.save(content, format=form, optimize=True)
     kind = "svg+xml" if form == "svg" else form
     uri = f"data:image/{kind};base64,{base64.b64encode(content.getvalue()).decode()}"
     return Drawing(uri, round(96 * width), round(96 * height))
