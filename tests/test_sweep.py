@@ -240,7 +240,20 @@ if what == "interrupted":
 if what == "quit":
     sys.exit(0)
 if what == "wait":
-    (folder.parent / "waiting").touch(); time.sleep(60)
+    folder.mkdir(exist_ok=True); (folder / "data.json").touch(); (folder / "waiting").touch(); time.sleep(60)
+if what == "meet":
+    import os
+    folder.mkdir(exist_ok=True)
+    (folder / "devices").write_text(os.environ["CUDA_VISIBLE_DEVICES"] + os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"])
+    first = not list(folder.parent.glob("*/data.json"))
+    if first:
+        time.sleep(0.3)  # the others are not to begin before there is data
+        alone = len(list(folder.parent.glob("*/devices"))) == 1
+        (folder / "data.json").write_text(str(alone))
+    else:
+        (folder / "data.json").touch()
+    while len(list(folder.parent.glob("*/data.json"))) < 2:
+        time.sleep(0.01)
 folder.mkdir(exist_ok=True)
 (folder / "metrics.jsonl").write_text(json.dumps({"step": 3, "loss": 2.0, "eval_loss": 1.25}) + "\\n")
 (folder / what).touch()
@@ -336,18 +349,30 @@ def test_a_run_that_another_process_is_at_work_on_is_left_alone(pretend, tmp_pat
     assert status(work, "a")["state"] == "done"
 
 
-def test_sigterm_ends_the_stage_and_says_so(pretend, tmp_path):
+def test_runs_at_once_begin_when_the_first_has_its_data_and_each_gets_a_device(pretend, tmp_path, monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5,7")
+    monkeypatch.delenv("XLA_PYTHON_CLIENT_PREALLOCATE", raising=False)
+    jobs, work = [pretend("a", "meet"), pretend("b", "meet"), pretend("c", "fail")], tmp_path / "work"
+    with Board(["a", "b", "c"]) as board:
+        assert runner.run_jobs(jobs, work, board, at_once=2) == (["c"], [])  # a and b wait for each other
+    assert (work / "a" / "data.json").read_text() == "True"
+    assert [(work / name / "devices").read_text() for name in "ab"] == ["5false", "7false"]
+
+
+@pytest.mark.parametrize("names", ["a", "ab"])
+def test_sigterm_ends_the_stages_and_says_so(names, pretend, tmp_path):
     work = tmp_path / "work"
     script = (
         "import os, pathlib, threading, time, signal\n"
         "from convattn_jax.sweep import runner\nfrom convattn_jax.sweep.board import Board\n"
         "from convattn_jax.sweep.plan import Job, Stage\n"
         f"work = pathlib.Path({str(work)!r})\n"
-        "stage = Stage('wait', 'pretend_stage', (str(work / 'a'), 'wait'), work, lambda: False)\n"
-        "job = Job('a', 0, work / 'a', 3, (stage,))\n"
+        "def job(name):\n"
+        "    stage = Stage('wait', 'pretend_stage', (str(work / name), 'wait'), work, lambda: False)\n"
+        "    return Job(name, 0, work / name, 3, (stage,))\n"
         "try:\n"
-        "    with Board(['a']) as board, runner.stopping_on_sigterm():\n"
-        "        runner.run_jobs([job], work, board)\n"
+        f"    with Board({names!r}) as board, runner.stopping_on_sigterm():\n"
+        f"        runner.run_jobs(list(map(job, {names!r})), work, board, len({names!r}))\n"
         "except runner.Stopped:\n"
         "    print('stopped')\n"
     )
@@ -355,13 +380,13 @@ def test_sigterm_ends_the_stage_and_says_so(pretend, tmp_path):
     process = subprocess.Popen(
         [sys.executable, "-c", script], env={**os.environ, "PYTHONPATH": path}, stdout=subprocess.PIPE, text=True
     )
-    while not (work / "waiting").exists():
+    while not all((work / name / "waiting").exists() for name in names):
         assert process.poll() is None
         time.sleep(0.01)
     process.send_signal(signal.SIGTERM)
     said, _ = process.communicate(timeout=60)
     assert said.rstrip().endswith("stopped")
-    assert status(work, "a")["state"] == "stopped"
+    assert [status(work, name)["state"] for name in names] == ["stopped"] * len(names)
 
 
 # --- the command ---
@@ -388,7 +413,7 @@ def file(config, tmp_path):
 def test_shards_share_the_jobs_and_one_plan(file, tmp_path, monkeypatch, capsys):
     ran = []
 
-    def pretend_to_run(jobs, workdir, board):
+    def pretend_to_run(jobs, workdir, board, at_once):
         ran.append([job.name for job in jobs])
         return [], []
 
@@ -399,7 +424,7 @@ def test_shards_share_the_jobs_and_one_plan(file, tmp_path, monkeypatch, capsys)
     written = json.loads((tmp_path / "w" / "sweep.json").read_text())
     assert list(written["jobs"]) == ["a-0", "b-0", "c-0"]
     assert written["baseline"] == "a"
-    monkeypatch.setattr(runner, "run_jobs", lambda jobs, workdir, board: (["a-1"], []))
+    monkeypatch.setattr(runner, "run_jobs", lambda *_: (["a-1"], []))
     assert command(file, f"--workdir={tmp_path / 'w'}", "--only=a", "--seeds=1") == 1  # some failed
     assert list(json.loads((tmp_path / "w" / "sweep.json").read_text())["jobs"]) == ["a-0", "b-0", "c-0", "a-1"]
     assert "1 of 1 runs failed: a-1" in capsys.readouterr().err
@@ -433,6 +458,7 @@ def test_a_part_without_runs_says_so(file, tmp_path, capsys):
         ("--lst", "--lst is no option (did you mean '--list'?)"),
         ("--sweep=configs/bert.py", "the file has no get_sweep(): it is one for --config"),
         ("--shard=3/2", "--shard=3/2 must be I/N"),
+        ("--at_once=0", "--at_once=0 must be a whole number of runs"),
         ("--seeds=1,x", "--seeds=1,x must be whole numbers"),
         ("--seeds=1,1", "--seeds=1,1 names a seed twice"),
         ("--workdir=gs://b/w", "--workdir=gs://b/w: a sweep keeps its books on a disk: name a local folder"),

@@ -164,7 +164,9 @@ def attention(found: AttentionMaps) -> Drawing:
 
 def _drawn(draw: Callable[[Figure], None], width: float, height: float, form: str = "svg") -> Drawing:
     """The picture; names are drawn as they are, not as formulas."""
-    with matplotlib.rc_context({"text.parse_math": False, "svg.hashsalt": "report", "axes.unicode_minus": True, "svg.fonttype": "none"}):
+    with matplotlib.rc_context(
+        {"text.parse_math": False, "svg.hashsalt": "report", "axes.unicode_minus": True, "svg.fonttype": "none"}
+    ):
         figure = Figure(figsize=(width, height), dpi=200, facecolor="white")
         draw(figure)
         content = io.BytesIO()

@@ -1,4 +1,4 @@
-"""python -m convattn_jax.sweep --sweep=configs/sweeps/positions.py: every run of a comparison, one after another."""
+"""python -m convattn_jax.sweep --sweep=configs/sweeps/positions.py: every run of a comparison."""
 
 import argparse
 import pathlib
@@ -13,6 +13,7 @@ EPILOG = """\
   --sweep=configs/sweeps/positions.py:small   the size is passed on to every configuration
   --config.train.steps=6200                   any key of pre-training, for every run
   --finetune.glue.data_dir=glue               any key of fine-tuning, for every run
+  --at_once=4                                 four runs at a time, which may share a GPU that one alone leaves idle
 The same command again goes on where it stopped. Exit status: 0 if all runs are done, 1 if some failed, 2 if an entry
 is invalid (then none was started), 130 after Ctrl-C. A run that another process is at work on is left alone (1).
 """
@@ -42,6 +43,8 @@ def _run(args: argparse.Namespace, config: dict[str, str], finetune: dict[str, s
         f"--workdir={args.workdir}: a sweep keeps its books on a disk: name a local folder",
     )
     part, parts = _shard(args.shard)
+    at_once = args.at_once
+    check(at_once.isdecimal() and int(at_once) > 0, f"--at_once={at_once} must be a whole number of runs, such as 4")
     seeds = _numbers(args.seeds)
 
     from convattn_jax.sweep import plan, runner  # and jax, now that the command line is known to be good
@@ -61,7 +64,7 @@ def _run(args: argparse.Namespace, config: dict[str, str], finetune: dict[str, s
     plan.write_plan(sweep, jobs, workdir)
     try:
         with Board([job.name for job in mine]) as board, runner.stopping_on_sigterm():
-            failed, elsewhere = runner.run_jobs(mine, workdir, board)
+            failed, elsewhere = runner.run_jobs(mine, workdir, board, int(at_once))
     except runner.Stopped:
         print("stopped by SIGTERM: the same command goes on where it stopped", file=sys.stderr)
         return 143
@@ -86,6 +89,7 @@ def _parser() -> Parser:
     parser.add_argument("--sweep", required=True, metavar="FILE[:SIZE]", help="the table of runs")
     parser.add_argument("--workdir", default="", help="holds all run folders; sweeps/NAME unless given")
     parser.add_argument("--shard", default="1/1", metavar="I/N", help="the I-th of N parts, one a machine or device")
+    parser.add_argument("--at_once", default="1", metavar="N", help="runs at a time, one a GPU if you name the GPUs")
     parser.add_argument("--seeds", default="", help="such as 0,1,2, in place of the sweep's own")
     parser.add_argument("--only", default="", help="variants, with commas between them")
     parser.add_argument("--list", action="store_true", help="check all entries, print their commands, run nothing")

@@ -69,11 +69,12 @@ class Board:
                 self._console.print(Text("  ".join(filter(None, parts))), soft_wrap=True)
         elif event or time.monotonic() - self._drawn > INTERVAL:
             self._drawn = time.monotonic()
-            self._live.update(self._table(self._around(row)), refresh=True)
+            self._live.update(self._table(self._in_view(row)), refresh=True)
 
-    def _around(self, row: Row) -> list[Row]:
-        """As many rows as the terminal has room for, the given one among them."""
+    def _in_view(self, row: Row) -> list[Row]:
+        """As many rows as the terminal has room for, the first that runs among them, or else the given one."""
         rows, room = list(self.rows.values()), max(3, self._console.height - 6)
+        row = next((row for row in rows if row.state == "running"), row)
         first = min(max(0, rows.index(row) - room // 2), max(0, len(rows) - room))
         return rows[first : first + room]
 

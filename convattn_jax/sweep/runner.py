@@ -1,17 +1,18 @@
-"""Runs jobs one after another, each stage as a process of its own, and writes down how each ended.
+"""Runs jobs, one or several at a time, each stage as a process of its own, and writes down how each ended.
 
 A process a stage costs JAX's start, seconds beside minutes; in return whatever a run dies of (memory, a signal, a
 compiler's abort) takes nothing with it, the device's memory is free again, and a stage is an ordinary command that can
 be typed by hand. Compiled programs are shared through a folder: seeds of one variant compile once.
 """
 
+import os
 import pathlib
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from types import FrameType
 
 from convattn_jax.config import BY_KEYBOARD, UserError
@@ -29,18 +30,60 @@ class Stopped(BaseException):
     """The sweep was told to stop by SIGTERM."""
 
 
-def run_jobs(jobs: Sequence[Job], workdir: pathlib.Path, board: Board) -> tuple[list[str], list[str]]:
-    """Brings each job to its end, as far as it can be.
+Work = Generator[None, None, str]  # of a job: it hands control back while its process works, and ends with its state
+
+
+def run_jobs(jobs: Sequence[Job], workdir: pathlib.Path, board: Board, at_once: int = 1) -> tuple[list[str], list[str]]:
+    """Brings each job to its end, as far as it can be, `at_once` of them at a time.
 
     Returns the names of those that failed, and of those that another process is at work on: one that was left behind
     when a sweep was killed, or another sweep.
     """
-    ended = {job.name: _run(job, workdir, board) for job in jobs}
-    failed, elsewhere = ([name for name, state in ended.items() if state == kind] for kind in ("failed", ELSEWHERE))
+    ended: dict[str, str] = {}
+    waiting, running = list(jobs), dict[int, tuple[Job, Work]]()
+    processes: list[subprocess.Popen] = []
+    try:
+        while waiting or running:
+            for slot in (slot for slot in range(at_once) if slot not in running):
+                if not waiting or _prepares_data(job for job, _ in running.values()):
+                    break
+                job = waiting.pop(0)
+                running[slot] = job, _run(job, workdir, board, _environment(slot, at_once), processes)
+            for slot, (job, work) in list(running.items()):
+                try:
+                    next(work)
+                except StopIteration as end:
+                    ended[job.name] = end.value
+                    del running[slot]
+            with suppress(subprocess.TimeoutExpired):
+                for process in processes[:1]:
+                    process.wait(POLL)
+    finally:
+        for process in processes:
+            process.terminate()  # all are told before the first one is waited for
+        for _, work in running.values():
+            work.close()
+    failed, elsewhere = ([job.name for job in jobs if ended[job.name] == kind] for kind in ("failed", ELSEWHERE))
     return failed, elsewhere
 
 
-def _run(job: Job, workdir: pathlib.Path, board: Board) -> str:
+def _prepares_data(running: Iterator[Job]) -> bool:
+    """Whether a job is at what the next ones would do beside it: text and tokenizer are prepared once for all."""
+    return any(not (job.folder / "data.json").exists() for job in running)
+
+
+def _environment(slot: int, at_once: int) -> dict[str, str]:
+    """What a job gets that is not alone: memory as it is needed, and one of the GPUs that the user has named."""
+    if at_once == 1:
+        return {}
+    devices = [name for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]
+    own = {"CUDA_VISIBLE_DEVICES": devices[slot % len(devices)]} if devices else {}
+    return own | {"XLA_PYTHON_CLIENT_PREALLOCATE": os.environ.get("XLA_PYTHON_CLIENT_PREALLOCATE", "false")}
+
+
+def _run(
+    job: Job, workdir: pathlib.Path, board: Board, environment: Mapping[str, str], processes: list[subprocess.Popen]
+) -> Work:
     """How the job ended, which status/NAME.json says too, unless another process is at work on it."""
     folder, began = RunFolder(workdir), time.monotonic()
     left = job.open_stages()
@@ -52,7 +95,13 @@ def _run(job: Job, workdir: pathlib.Path, board: Board) -> str:
         folder.write(f"status/{job.name}", {**status, "state": "running", "stage": stage.name})
         log = workdir / "logs" / f"{job.name}-{stage.name}.log"
         try:
-            code = _launch(job, stage, log, board, began)
+            with _started(stage, log, environment, processes) as process:
+                while process.poll() is None:
+                    where, loss = _progress(job) if stage is job.stages[0] else (_count(stage), _progress(job)[1])
+                    seconds = time.monotonic() - began
+                    board.show(job.name, state="running", stage=stage.name, where=where, loss=loss, seconds=seconds)
+                    yield
+            code = process.returncode
             if code in INTERRUPTED and not stage.is_done():
                 raise KeyboardInterrupt
         except BaseException:
@@ -88,35 +137,34 @@ def _in_use(folder: pathlib.Path) -> bool:
     return False
 
 
-def _launch(job: Job, stage: Stage, log: pathlib.Path, board: Board, began: float) -> int:
+@contextmanager
+def _started(
+    stage: Stage, log: pathlib.Path, environment: Mapping[str, str], processes: list[subprocess.Popen]
+) -> Iterator[subprocess.Popen]:
+    """The process of a stage, among `processes` while it is one; none is left behind when the body ends early.
+
+    Then it is told to stop, and given time to save.
+    """
     log.parent.mkdir(parents=True, exist_ok=True)
     command = [sys.executable, "-m", stage.module, *stage.args]
     with log.open("w") as output:
-        process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT)
-        with _ending(process):
-            while True:
-                where, loss = _progress(job) if stage is job.stages[0] else (_count(stage), _progress(job)[1])
-                seconds = time.monotonic() - began
-                board.show(job.name, state="running", stage=stage.name, where=where, loss=loss, seconds=seconds)
-                try:
-                    return process.wait(POLL)
-                except subprocess.TimeoutExpired:
-                    continue
-
-
-@contextmanager
-def _ending(process: subprocess.Popen) -> Iterator[None]:
-    """Leaves no process behind: it is told to stop, and given time to save, when the body ends early."""
-    try:
-        yield
-    finally:
-        if process.poll() is None:
-            process.terminate()
+        process = subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT, env=os.environ | environment
+        )
+        processes.append(process)
+        try:
+            yield process
+        except BaseException:
+            for one in processes:
+                one.terminate()  # nothing where it has ended
+            raise
+        finally:
             try:
                 process.wait(GRACE)
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.wait()
+            processes.remove(process)
 
 
 @contextmanager
