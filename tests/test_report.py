@@ -174,6 +174,7 @@ def test_a_loss_that_is_no_number_is_missing(copy):
 def test_a_sweep_that_has_only_begun_is_reported(tmp_path, no_drawing):
     jobs = {"absolute-0": {"variant": "absolute", "seed": 0, "stages": ["pretrain", "probes"]}}
     write(tmp_path / "sweep.json", {"baseline": "absolute", "variants": ["absolute"], "jobs": jobs})
+    assert lacking(runs.collect([str(tmp_path)])) == {("absolute-0", "not started")}  # once, not for each stage
     text = command.write([str(tmp_path)])[0].read_text()
     assert "not started" in text
 

@@ -188,7 +188,8 @@ def _expect(run: Run, root: pathlib.Path, job: dict[str, Any]) -> None:
     if status.get("state") == "failed":
         run.missing = [text for text in run.missing if text != NOT_STARTED]
         run.missing.insert(0, f"{text_of(status.get('stage'))} failed: {text_of(status.get('error'), 300)}")
-    for stage in _list(job.get("stages")):
+    begun = NOT_STARTED not in run.missing  # else that says it all
+    for stage in _list(job.get("stages")) if begun else ():
         tuned = run.folder.with_name(f"{run.folder.name}-{pathlib.Path(str(stage)).name}")
         if stage not in STAGES and not (tuned / "results.json").exists():
             run.missing.append(f"{text_of(stage)}: no results yet")
