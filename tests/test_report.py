@@ -44,7 +44,7 @@ def rows(table):
 
 
 def lacking(c):
-    return {(row[0].text, row[1].text) for row in tables.missing(c).rows}
+    return {(run, what.text) for what, names in tables.missing(c).rows for run in names.text.split(", ")}
 
 
 # --- the numbers ---
@@ -172,9 +172,11 @@ def test_a_loss_that_is_no_number_is_missing(copy):
 
 
 def test_a_sweep_that_has_only_begun_is_reported(tmp_path, no_drawing):
-    jobs = {"absolute-0": {"variant": "absolute", "seed": 0, "stages": ["pretrain", "probes"]}}
-    write(tmp_path / "sweep.json", {"baseline": "absolute", "variants": ["absolute"], "jobs": jobs})
-    assert lacking(runs.collect([str(tmp_path)])) == {("absolute-0", "not started")}  # once, not for each stage
+    variants = ["absolute", "fixed"]
+    jobs = {f"{name}-0": {"variant": name, "seed": 0, "stages": ["pretrain", "probes"]} for name in variants}
+    write(tmp_path / "sweep.json", {"baseline": "absolute", "variants": variants, "jobs": jobs})
+    c = runs.collect([str(tmp_path)])
+    assert [[cell.text for cell in row] for row in tables.missing(c).rows] == [["not started", "absolute-0, fixed-0"]]
     text = command.write([str(tmp_path)])[0].read_text()
     assert "not started" in text
 

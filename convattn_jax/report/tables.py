@@ -205,10 +205,14 @@ def lengths(c: Comparison) -> Table:
 
 
 def missing(c: Comparison) -> Table:
-    """A row for each thing that a run lacks."""
-    rows = [(Cell(run.name, run.name), Cell(text, text)) for run in c.runs() for text in run.missing]
+    """A row for each thing that is missing, with the runs that lack it."""
+    lacking: dict[str, list[str]] = {}
+    for run in c.runs():
+        for text in run.missing:
+            lacking.setdefault(text, []).append(run.name)
+    rows = [(Cell(text, text), Cell(", ".join(names), names[0])) for text, names in lacking.items()]
     about = "Unfinished runs are in no mean above; what they lack shows there as a dash."
-    return Table("What is missing", about, ("run", "what"), tuple(rows))
+    return Table("What is missing", about, ("what", "of which runs"), tuple(rows))
 
 
 def notes(c: Comparison) -> list[str]:
