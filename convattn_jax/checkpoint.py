@@ -7,6 +7,7 @@ Older checkpoints go only once a newer one is vouched for.
 """
 
 import dataclasses
+import functools
 import hashlib
 import json
 import os
@@ -14,10 +15,9 @@ import pathlib
 import shutil
 import threading
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
-import orbax.checkpoint as ocp
 from etils import epath
 
 from convattn_jax import distributed, full_disk
@@ -25,6 +25,9 @@ from convattn_jax.config import UserError, check
 from convattn_jax.console import human
 from convattn_jax.data import bucket
 from convattn_jax.train import TrainState
+
+if TYPE_CHECKING:
+    import orbax.checkpoint as ocp
 
 MANIFEST = "manifest.json"
 VERSION = 2  # of the manifest; the first had no version, no digest of its own, and BLAKE2b for the files
@@ -56,9 +59,15 @@ class Checkpoints:
 
     def __init__(self, folder: epath.PathLike, keep: int):
         self._folder, self._keep = epath.Path(folder), keep
-        self._orbax = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler())
         self._finishing: threading.Thread | None = None
         self._failure: BaseException | None = None
+
+    @functools.cached_property
+    def _orbax(self) -> "ocp.AsyncCheckpointer":
+        """Made with the first checkpoint that is read or written: importing Orbax would delay every start."""
+        import orbax.checkpoint as ocp
+
+        return ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler())
 
     def save(
         self,
@@ -70,6 +79,8 @@ class Checkpoints:
 
         `notes` is JSON that comes back with the state.
         """
+        import orbax.checkpoint as ocp
+
         self.wait()
         step = int(state.step if state.step.ndim == 0 else state.step[0])  # of seeds that train together each has one
         items = ocp.args.Composite(
@@ -113,7 +124,8 @@ class Checkpoints:
             self.wait()
         finally:
             try:
-                self._orbax.close()
+                if "_orbax" in vars(self):
+                    self._orbax.close()
             except (OSError, ValueError) as error:  # tells of a save that failed once more
                 raise unwritten(self._folder, error) from error
 
@@ -124,6 +136,8 @@ class Checkpoints:
             if steps_of(self._folder):
                 report("no checkpoint is whole: training starts from the beginning")
             return None
+        import orbax.checkpoint as ocp
+
         items = ocp.args.Composite(
             params=ocp.args.StandardRestore(like.params),
             rest=ocp.args.StandardRestore({"step": like.step, "opt_state": like.opt_state}),
@@ -178,6 +192,8 @@ def save_params(folder: epath.PathLike, step: int, params: Any) -> None:
     Raises:
       UserError: it can't be written.
     """
+    import orbax.checkpoint as ocp
+
     path = epath.Path(folder) / str(step)
     if path.exists():
         path.rmtree()
@@ -213,6 +229,8 @@ def load_params(folder: epath.PathLike, like: Any, step: int) -> Any:
 
 
 def _params(path: epath.Path, like: Any) -> Any:
+    import orbax.checkpoint as ocp
+
     with ocp.StandardCheckpointer() as orbax:
         return orbax.restore(bucket.absolute(path / "params"), like)
 
