@@ -6,7 +6,8 @@
 Every start is a process of its own, all on one fresh folder of compiled programs. Preparing the text is timed by itself
 and not counted: it happens once, whatever is compiled. Prints a Markdown table; --json=FILE adds JSON lines. Beside the
 whole stand its parts, in seconds: importing, finding the devices, tracing, lowering, compiling (once more: reading what
-was compiled), and the rest, the step itself among it.
+was compiled), loading programs that were kept whole (as long as it was waited for them), and the rest, the step itself
+among it.
 """
 
 import json
@@ -21,10 +22,11 @@ from typing import Any
 from benchmarks.arguments import documented
 
 BEGAN = "CONVATTN_BENCHMARK_BEGAN"
-PHASES = {  # JAX's own measurements, whose sums are columns of the table
+PHASES = {  # told to JAX's monitoring, whose sums are columns of the table
     "/jax/core/compile/jaxpr_trace_duration": "tracing",
     "/jax/core/compile/jaxpr_to_mlir_module_duration": "lowering",
     "/jax/core/compile/backend_compile_duration": "compiling",  # or reading what was compiled
+    "/convattn_jax/kept/waited": "loading",
 }
 
 

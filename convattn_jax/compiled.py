@@ -21,7 +21,7 @@ LIMIT = 8 * 2**30  # bytes; what hasn't been read for longest goes first
 LEAST_SECONDS = 0.1  # what compiles faster isn't worth a file
 
 
-def keep(folder: str | None) -> None:
+def keep(folder: str | None) -> pathlib.Path | None:
     """Has JAX look in `folder` before it compiles, and leave there what it has compiled; empty: nowhere.
 
     None is the default folder, unless JAX's own environment variable JAX_COMPILATION_CACHE_DIR names one. Programs for
@@ -29,20 +29,23 @@ def keep(folder: str | None) -> None:
 
     In a bucket nothing is taken away, for it doesn't tell what was read; its own rules of life cycle can.
 
+    Returns:
+      The part of a local folder that is this processor's, pruned; None where there is none, or it is not ours to prune.
+
     Raises:
       UserError: the folder that was asked for cannot be written.
     """
     if folder is None and "JAX_COMPILATION_CACHE_DIR" in os.environ:
-        return
+        return None
     if folder == "":
         jax.config.update("jax_enable_compilation_cache", False)
-        return
+        return None
     if folder and bucket.in_a_bucket(folder):
         inside = bucket.opened(folder) / processor()
         bucket.check_writable(inside, "--compile_cache")
         jax.config.update("jax_persistent_cache_enable_xla_caches", "none")  # XLA itself knows local folders only
         _use(str(inside))
-        return
+        return None
     inside = pathlib.Path(folder or DEFAULT).expanduser() / processor()
     try:
         inside.mkdir(parents=True, exist_ok=True)
@@ -54,8 +57,9 @@ def keep(folder: str | None) -> None:
         if folder:
             raise UserError(f"--compile_cache={folder}: {reason}; name another folder, or none") from error
         log.warning("compiled programs are not kept: %s", reason)
-        return
+        return None
     _use(str(inside))
+    return inside
 
 
 def _use(folder: str) -> None:

@@ -123,6 +123,7 @@ class Command:
     cluster: Cluster = Cluster()
     compile_cache: str | None = None  # None: where it is by default
     given: frozenset[str] = frozenset()  # the keys whose values are not those of the file
+    file: str = ""  # of the configuration
 
 
 def parse(argv: list[str], default_root: str = "runs") -> Command:
@@ -154,7 +155,8 @@ def parse(argv: list[str], default_root: str = "runs") -> Command:
     cluster = Cluster(*(typing.cast(Any, values[name].value) for name in ("coordinator", "processes", "process")))
     compile_cache = typing.cast(str | None, values["compile_cache"].value)
     given = frozenset(key for key, value in flatten(config).items() if value != before.get(key))
-    return Command(config, str(values["workdir"].value or "") or default, cluster, compile_cache, given)
+    workdir, file = str(values["workdir"].value or "") or default, spec.partition(":")[0]
+    return Command(config, workdir, cluster, compile_cache, given, file)
 
 
 def load_config_file(spec: str) -> ml_collections.ConfigDict:

@@ -46,10 +46,10 @@ def main(argv: Sequence[str] | None = None) -> None:
             if flatten(command.config).get("train.deterministic"):
                 determinism.ask_for(command.workdir)
             module = importlib.import_module(TASKS[task])  # and jax, now that the command line is known to be good
-            from convattn_jax import compiled, distributed
+            from convattn_jax import compiled, distributed, kept
 
             listener.loading = False
-            compiled.keep(command.compile_cache)
+            kept.use(compiled.keep(command.compile_cache), command.file)
             watchdog: Any = command.config.get("watchdog") or {"killed_seconds": 100}  # fine-tuning is one process
             distributed.start(command.cluster, watchdog["killed_seconds"])
             distributed.check_devices()

@@ -148,7 +148,7 @@ class _Run:
         ):
             saved = checkpoints.restore(self.program.like, self.console.message)
             if saved is None:
-                saved = checkpoint.Saved(self.program.init(jax.random.key(self.c.seed)), {})
+                saved = checkpoint.Saved(self.program.init(self.c.seed), {})
             elif int(saved.state.step) < steps:
                 self.console.message(f"resumed from step {int(saved.state.step)}")
             step, further = int(saved.state.step), len(saved.notes.get("window", ()))
@@ -242,7 +242,7 @@ class _Run:
         """Where in its step a figure stopped being finite, found by going there again from the last checkpoint."""
         checkpoints.wait()
         saved = checkpoints.restore(self.program.like)
-        state = self.program.init(jax.random.key(self.c.seed)) if saved is None else saved.state
+        state = self.program.init(self.c.seed) if saved is None else saved.state
         first, last = int(state.step), error.step - 1
         self.console.message(
             f"{error.name} is not finite at step {error.step}: going there again to see where it began"

@@ -1,6 +1,8 @@
 """From the configuration of a pre-training run to its steps, placed on a mesh and not yet compiled."""
 
 import dataclasses
+import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +14,7 @@ from convattn_jax import checkpoint, compiled, optim, sharding, train
 from convattn_jax.config import check
 from convattn_jax.data.config import DataConfig, TokenizerConfig
 from convattn_jax.data.examples import token_dtype
+from convattn_jax.kept import Kept
 from convattn_jax.kernels.operations import operations_by
 from convattn_jax.masking import MaskingConfig, Vocabulary
 from convattn_jax.model.config import ModelConfig
@@ -48,63 +51,126 @@ class PretrainConfig:
         )
 
 
-class Program:
-    """Model, objective, optimizer and the jitted steps; `counts` are how often each id stands in the text."""
+class Steps:
+    """Model, objective, optimizer and the jitted steps; `counts` are how often each id stands in the text.
+
+    A program that it makes is a function of its arguments and of nothing else: by them it is kept and found again.
+    """
 
     def __init__(self, c: PretrainConfig, vocabulary: Vocabulary, counts: np.ndarray, mesh: Mesh):
-        self.c, self.mesh = c, mesh
+        self._c, self.mesh = c, mesh
         operations = sharding.shard_operations(operations_by(c.model.kernel), mesh)
         self.model = MaskedLM(c.model, len(counts), operations)
         unigram = unigram_log_probabilities(counts, vocabulary.special, self.model.vocab_rows)
         self.objective = MaskedLanguageModelling(self.model, vocabulary, c.data.layout, c.masking, unigram)
         self.schedule = optim.schedule(c.optimizer, c.train.steps)
         self.optimizer = optim.make_optimizer(c.optimizer, c.train.steps)
-
-        shapes = jax.eval_shape(self._initial_state, jax.random.key(0))
-        shardings = sharding.tree_shardings(shapes, mesh)
         self.rows, self.everywhere = NamedSharding(mesh, sharding.BATCH), NamedSharding(mesh, PartitionSpec())
-        self.like = jax.tree.map(lambda s, sh: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sh), shapes, shardings)
-        self._init = jax.jit(self._initial_state, out_shardings=shardings)
-        self._step = jax.jit(
+
+    def shapes(self) -> TrainState:
+        """Those of the state, without shardings."""
+        return self._shapes
+
+    @functools.cached_property
+    def _shapes(self) -> TrainState:
+        return jax.eval_shape(self._initial_state, _a_number(np.uint32))
+
+    @functools.cached_property
+    def _like(self) -> TrainState:
+        return placed(self._shapes, self.mesh)
+
+    @functools.cached_property
+    def _shardings(self) -> TrainState:
+        return sharding.tree_shardings(self._shapes, self.mesh)
+
+    def lower_init(self) -> jax.stages.Lowered:
+        """seed -> the state before the first step, drawn where it belongs on the mesh."""
+        with compiled.drawing():
+            return jax.jit(self._initial_state, out_shardings=self._shardings).lower(_a_number(np.uint32))
+
+    def lower_step(self) -> jax.stages.Lowered:
+        """(state, rows, seed) -> (state, sums), from shapes alone; it donates the state."""
+        step = jax.jit(
             self._train_step,
             donate_argnums=0,
-            in_shardings=(shardings, self.rows, None),
-            out_shardings=(shardings, self.everywhere),
+            in_shardings=(self._shardings, self.rows, None),
+            out_shardings=(self._shardings, self.everywhere),
             compiler_options=compiled.options(),
         )
-        self.eval_step = jax.jit(
+        return step.lower(self._like, self._batch(), _a_number(np.uint32))
+
+    def lower_evaluation(self) -> jax.stages.Lowered:
+        """(params, rows, index) -> sums."""
+        step = jax.jit(
             self.objective.evaluation_sums,
-            in_shardings=(shardings.params, self.rows, None),
+            in_shardings=(self._shardings.params, self.rows, None),
             out_shardings=self.everywhere,
             compiler_options=compiled.options(),
         )
+        return step.lower(self._like.params, self._batch(), _a_number(np.int32))
 
-    def init(self, key: Array) -> TrainState:
-        """The state before the first step, drawn where it belongs on the mesh."""
-        with compiled.drawing():
-            return self._init(key)
-
-    def train_step(self, state: TrainState, rows: Array) -> tuple[TrainState, dict[str, Array]]:
-        """The jitted step; it donates the state."""
-        return self._step(state, rows, np.uint32(self.c.seed))
+    def _batch(self) -> jax.ShapeDtypeStruct:
+        shape = (self._c.train.batch_size, self._c.data.length)
+        return jax.ShapeDtypeStruct(shape, token_dtype(self.model.vocab_size), sharding=self.rows)
 
     def _train_step(self, state: TrainState, rows: Array, seed: Array) -> tuple[TrainState, dict[str, Array]]:
         """The seed is an argument: runs that differ in it alone share one compiled program, and so a compile cache."""
-        c = self.c.train
+        c = self._c.train
         step = train.make_train_step(self.objective, self.optimizer, seed, c.accumulate, c.skip_nonfinite > 0)
         return step(state, rows)
 
-    def _initial_state(self, key: Array) -> TrainState:
-        params = self.model.initial_params(key)
-        if self.c.model.output_bias == "unigram":
+    def _initial_state(self, seed: Array) -> TrainState:
+        params = self.model.initial_params(jax.random.key(seed))
+        if self._c.model.output_bias == "unigram":
             params["head"]["bias"] = jnp.asarray(self.objective.unigram)
         return TrainState(jnp.zeros((), jnp.int32), params, self.optimizer.init(params))
 
+
+class Program:
+    """The steps of a run, compiled or found compiled when they are first called."""
+
+    def __init__(self, c: PretrainConfig, vocabulary: Vocabulary, counts: np.ndarray, mesh: Mesh):
+        self.c, self.mesh = c, mesh
+        wanted = not c.train.deterministic  # then XLA's choices are kept in the run folder, by compiling there
+        devices = list(mesh.devices.flat)
+        self._kept = Kept(Steps, shared(c), vocabulary, counts, mesh, devices=devices, wanted=wanted)
+        self._kept.ahead("step")
+        self._steps = self._kept.made
+        self.model, self.objective, self.schedule = self._steps.model, self._steps.objective, self._steps.schedule
+        self.rows, self.everywhere = self._steps.rows, self._steps.everywhere
+        self.like = placed(self._kept.value("shapes", Steps.shapes), mesh)
+
+    def init(self, seed: int) -> TrainState:
+        """The state before the first step, drawn where it belongs on the mesh."""
+        return self._kept.program("init", Steps.lower_init)(np.uint32(seed))
+
+    def train_step(self, state: TrainState, rows: Array) -> tuple[TrainState, dict[str, Array]]:
+        """The compiled step; it donates the state."""
+        return self._kept.program("step", Steps.lower_step)(state, rows, np.uint32(self.c.seed))
+
+    def eval_step(self, params: Any, rows: Array, index: int) -> dict[str, Array]:
+        """The compiled evaluation of the index-th batch."""
+        return self._kept.program("evaluation", Steps.lower_evaluation)(params, rows, np.int32(index))
+
     def lower(self) -> jax.stages.Lowered:
         """The train step (state, rows, seed), to be compiled ahead of time, from shapes alone."""
-        shape = (self.c.train.batch_size, self.c.data.length)
-        rows = jax.ShapeDtypeStruct(shape, token_dtype(self.model.vocab_size), sharding=self.rows)
-        return self._step.lower(self.like, rows, jax.ShapeDtypeStruct((), np.uint32))
+        return self._steps.lower_step()
+
+
+def shared(c: PretrainConfig) -> PretrainConfig:
+    """What programs may depend on: without a run's name and seed, and without where its host keeps its rows."""
+    data = dataclasses.replace(c.data, cache_dir="", workers=1)
+    return dataclasses.replace(c, name="", seed=0, data=data)
+
+
+def placed(shapes: TrainState, mesh: Mesh) -> TrainState:
+    """Shapes with the shardings of their arrays."""
+    shardings = sharding.tree_shardings(shapes, mesh)
+    return jax.tree.map(lambda s, sh: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sh), shapes, shardings)
+
+
+def _a_number(dtype: Any) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct((), dtype)
 
 
 def made_up_vocabulary(size: int) -> Vocabulary:

@@ -12,7 +12,7 @@ import numpy as np
 import tiny
 from jax.sharding import AxisType
 
-from convattn_jax import pretrain, sharding
+from convattn_jax import compiled, kept, pretrain, sharding
 from convattn_jax.config import from_config
 from convattn_jax.console import Console
 from convattn_jax.program import PretrainConfig, Program, made_up_vocabulary
@@ -43,7 +43,7 @@ def program(sizes: tuple[int, int, int], mesh: sharding.Mesh | None = None) -> P
 def trained(program: Program):
     """State and sums after two steps, and the text of the compiled step."""
     step = program.lower().compile()
-    state, sums = program.init(jax.random.key(0)), None
+    state, sums = program.init(0), None
     for batch in ROWS:
         read = functools.partial(lambda rows, first, count: rows[first : first + count], batch)
         state, sums = step(state, sharding.global_batch(read, *batch.shape, program.mesh), np.uint32(0))
@@ -87,7 +87,25 @@ def check_resuming(home: pathlib.Path) -> None:
             np.testing.assert_allclose(a[name], b[name], rtol=1e-4, err_msg=f"{name} at step {a['step']}")
 
 
+def check_kept(home: pathlib.Path) -> None:
+    """Raises where a program that was kept computes other bits on a mesh, or leaves them elsewhere."""
+    mesh = jax.make_mesh((2, 2, 2), sharding.AXES, axis_types=(AxisType.Auto,) * 3, devices=jax.devices()[::-1])
+    compiled.keep("")
+    kept.use(home)
+    steps, read = [], []
+    jax.monitoring.register_event_duration_secs_listener(lambda event, *_, **__: read.append(event == kept.WAITED))
+    for _ in range(2):
+        one, batch = program((2, 2, 2), mesh), ROWS[0]
+        rows = sharding.global_batch(lambda first, count, b=batch: b[first : first + count], *batch.shape, mesh)
+        steps.append(one.train_step(one.init(0), rows))
+    assert sum(read) == 2
+    for a, b in zip(*map(jax.tree.leaves, steps), strict=True):
+        np.testing.assert_array_equal(a, b)
+        assert a.sharding == b.sharding
+
+
 if __name__ == "__main__":
     assert jax.device_count() == 8
     check_meshes()
     check_resuming(pathlib.Path(sys.argv[1]))
+    check_kept(pathlib.Path(sys.argv[1]))

@@ -1,5 +1,6 @@
 import os
 import pathlib
+import types
 
 import jax
 import numpy as np
@@ -127,7 +128,8 @@ def test_initial_parameters_are_drawn_by_a_kernel_on_gpus_and_the_setting_is_put
 
     c = from_config(PretrainConfig, tiny.config(tmp_path))
     program = Program(c, made_up_vocabulary(16), np.ones(16, np.int64), sharding.make_mesh(c.mesh))
-    plain, counted = program._init, []
-    monkeypatch.setattr(program, "_init", lambda key: (counted.append(kernels()), plain(key))[1])
-    program.init(key)
+    counted, lowered = [], draw.lower(key)
+    jitted = types.SimpleNamespace(lower=lambda *_: (counted.append(kernels()), lowered)[1])
+    monkeypatch.setattr(jax, "jit", lambda *_, **__: jitted)
+    program._steps.lower_init()
     assert counted == [1]

@@ -69,7 +69,7 @@ def home(tmp_path_factory):
 
     def save_at_once(run):
         with contextlib.closing(checkpoint.Checkpoints(run.folder.checkpoints, keep=1)) as checkpoints:
-            checkpoints.save(run.program.init(jax.random.key(0)))
+            checkpoints.save(run.program.init(0))
         return {}
 
     with pytest.MonkeyPatch.context() as patch:
