@@ -103,15 +103,16 @@ class Kept(Generic[T]):
         """`of(made)`, which can be pickled and takes time to find out."""
         value = self._read(name, lambda stored: stored)
         if value is None:
-            value = of(self.made)
-            self._write(name, lambda: value)
+            with _said() as said:
+                value = of(self.made)
+            self._write(name, said, lambda: value)
         return value
 
     def _compiled(self, name: str, lower: Callable[[T], jax.stages.Lowered]) -> jax.stages.Compiled:
-        with _cache_hits() as hits:
+        with _cache_hits() as hits, _said() as said:
             program = lower(self.made).compile()
         if not hits:  # XLA can't write again, for CPUs, what it has read
-            self._write(name, lambda: serialize_executable.serialize(program))
+            self._write(name, said, lambda: serialize_executable.serialize(program))
         return program
 
     def _loaded(self, stored: Any) -> jax.stages.Compiled:
@@ -129,20 +130,24 @@ class Kept(Generic[T]):
             content = path.read_bytes()
             if content[:32] != _seal(path, content[32:]):
                 raise ValueError("it is damaged")
-            return decode(pickle.loads(content[32:]))
+            said, stored = pickle.loads(content[32:])
+            value = decode(stored)
         except Exception as error:  # whatever keeps it from being loaded, it can be compiled
             reason = " ".join(str(error).split())[:200]
             log.warning("a kept program cannot be read (%s: %s): compiling it anew", path, reason)
             with contextlib.suppress(OSError):  # where JAX's cache has the program, no other would be written
                 path.unlink()
             return None
+        for logger, level, message in said:
+            logging.getLogger(logger).log(level, "%s", message)
+        return value
 
-    def _write(self, name: str, content: Callable[[], Any]) -> None:
+    def _write(self, name: str, said: list[tuple[str, int, str]], content: Callable[[], Any]) -> None:
         path = self._file(name)
         if path is None:
             return
         try:
-            data = pickle.dumps(content())
+            data = pickle.dumps((said, content()))
             write_atomically(path, _seal(path, data) + data)
         except Exception as error:  # what holds calls back to Python can't be written; nor need a disk have room
             reason = " ".join(str(error).split())[:200]
@@ -152,6 +157,20 @@ class Kept(Generic[T]):
 def _seal(path: pathlib.Path, data: bytes) -> bytes:
     """A digest of a file and of its name, under which alone it is what it says."""
     return hashlib.sha256(path.name.encode() + data).digest()
+
+
+@contextlib.contextmanager
+def _said() -> Iterator[list[tuple[str, int, str]]]:
+    """(logger, level, message) of what this package warns of within the block, such as of a kernel that can't serve."""
+    records: list[tuple[str, int, str]] = []
+    handler = logging.Handler(logging.WARNING)
+    handler.emit = lambda record: records.append((record.name, record.levelno, record.getMessage()))
+    package = logging.getLogger(__name__.partition(".")[0])
+    package.addHandler(handler)
+    try:
+        yield records
+    finally:
+        package.removeHandler(handler)
 
 
 @contextlib.contextmanager

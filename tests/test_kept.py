@@ -1,5 +1,6 @@
 """Whole programs: a second start uses them without tracing, to the same bits, or compiles as if there were none."""
 
+import logging
 import os
 import pickle
 
@@ -58,6 +59,12 @@ class Line:
 
     def of(self, x):
         return self.factor * x + self.noise(x)
+
+
+class Warns(Line):
+    def of(self, x):
+        logging.getLogger("convattn_jax.kernels").warning("no kernel of %s", self.factor)
+        return super().of(x)
 
 
 class CallsBack(Line):
@@ -150,6 +157,17 @@ def test_a_captured_value_is_a_part_of_the_name(place, told):
         Kept(Line, 2.0, jnp.cos, devices=jax.devices())
 
 
+def test_what_was_said_in_tracing_is_said_again(place, told, caplog):
+    for start in range(2):
+        caplog.clear()
+        told.clear()
+        line(2.0, Warns)
+        assert (TRACED in told) == (start == 0)
+        assert [(record.name, record.getMessage()) for record in caplog.records] == [
+            ("convattn_jax.kernels", "no kernel of 2.0")
+        ]
+
+
 def flipped(data: bytes) -> bytes:
     return data[:-9] + bytes([data[-9] ^ 1]) + data[-8:]
 
@@ -169,7 +187,7 @@ def test_a_damaged_file_is_told_of_once_and_made_anew(place, caplog, damage):
 def test_what_cannot_be_loaded_here_is_made_anew(place, caplog):
     expected = line()
     [file] = place.iterdir()
-    for content in (pickle.dumps((b"no program", None, None)), b"no pickle"):
+    for content in (pickle.dumps(([], (b"no program", None, None))), b"no pickle"):
         file.write_bytes(kept._seal(file, content) + content)
         assert line() == expected
     assert len(caplog.records) == 2
