@@ -62,7 +62,7 @@ class Runner:
 
         from convattn_jax import sharding
         from convattn_jax.config import from_config
-        from convattn_jax.program import PretrainConfig, Program, made_up_vocabulary
+        from convattn_jax.program import PretrainConfig, Program, made_up_vocabulary, plain
 
         c = configured(f"configs/composite.py:{contender.size}", [*SETTINGS, *shape.assignments])
         if contender.size == "large" and not any(text.startswith("model.loop=") for text in shape.assignments):
@@ -91,7 +91,7 @@ class Runner:
             sharding.global_batch(lambda first, count, b=b: b[first : first + count], len(b), c.data.length, mesh)
             for b in rows
         ]
-        self.state = self.program.init(0)
+        self.state = plain(self.program.init(0))
 
     def run(self, steps: int) -> float:
         """Seconds a step."""

@@ -6,8 +6,8 @@
 Every start is a process of its own, all on one fresh folder of compiled programs. Preparing the text is timed by itself
 and not counted: it happens once, whatever is compiled. Prints a Markdown table; --json=FILE adds JSON lines. Beside the
 whole stand its parts, in seconds: importing, finding the devices, tracing, lowering, compiling (once more: reading what
-was compiled), loading programs that were kept whole (as long as it was waited for them), and the rest, the step itself
-among it.
+was compiled), and the rest, the step itself among it. What happens in two threads at once is counted twice, so that the
+rest of a start with traced programs can be less than nothing.
 """
 
 import json
@@ -26,7 +26,6 @@ PHASES = {  # told to JAX's monitoring, whose sums are columns of the table
     "/jax/core/compile/jaxpr_trace_duration": "tracing",
     "/jax/core/compile/jaxpr_to_mlir_module_duration": "lowering",
     "/jax/core/compile/backend_compile_duration": "compiling",  # or reading what was compiled
-    "/convattn_jax/kept/waited": "loading",
 }
 
 

@@ -1,4 +1,4 @@
-"""Everything that a compiled program is a function of, as one digest: what differs in any of it shares no program.
+"""Everything that a traced program is a function of, as one digest: what differs in any of it shares no program.
 
 A program is found by this digest without being traced, so whatever is left out here would be served stale. Arguments
 are told in full and of unknown kinds none is let pass; of the rest rather too much is told than too little.
@@ -27,7 +27,6 @@ LIBRARIES = {"jax": jax, "jaxlib": jaxlib, "flax": flax, "optax": optax, "numpy"
 BESIDE_JAXLIB = ("jax", "nvidia", "libtpu", "ml_dtypes")  # distributions: plugins, and the libraries that they load
 ENVIRONMENT = ("XLA_", "JAX_", "TF_", "LIBTPU", "CUDA_", "CUDNN_", "CUBLAS_", "NVIDIA_", "NCCL_", "OMP_")
 OF_NO_PROGRAM = ("jax_compilation_cache", "jax_persistent_cache", "jax_enable_compilation_cache", "jax_log")
-DRIVER = pathlib.Path("/proc/driver/nvidia/version")
 
 
 def digest(arguments: Any, config_file: str = "") -> str:
@@ -46,7 +45,6 @@ def digest(arguments: Any, config_file: str = "") -> str:
         "environment": {name: os.environ[name] for name in sorted(os.environ) if name.startswith(ENVIRONMENT)},
         "options": compiled.options(),
         "devices": _devices(jax.devices()),
-        "machine": (compiled.processor(), len(os.sched_getaffinity(0)), _driver()),
     }
     return hashlib.sha256(repr(facts).encode()).hexdigest()
 
@@ -71,7 +69,7 @@ def described(value: Any) -> Any:
         return kind, value.axis_names, str(value.axis_types), value.devices.shape, _devices(value.devices.flat)
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return kind, tuple((field.name, described(getattr(value, field.name))) for field in dataclasses.fields(value))
-    raise TypeError(f"a compiled program cannot be kept for a value of type {kind}: it has no description")
+    raise TypeError(f"a program cannot be kept for a value of type {kind}: it has no description")
 
 
 def _devices(devices: Iterable[Any]) -> tuple[Any, ...]:
@@ -108,7 +106,3 @@ def _libraries() -> dict[str, str]:
 
 def _beside_jaxlib() -> pathlib.Path:
     return pathlib.Path(jaxlib.__file__).parent.parent
-
-
-def _driver() -> str:
-    return DRIVER.read_text() if DRIVER.exists() else ""

@@ -1,26 +1,24 @@
-"""Whole programs, kept beside JAX's own: a run that starts again neither traces nor lowers its model.
+"""Traced programs, kept beside JAX's compiled ones: a run that starts again does not trace its model.
 
-JAX's cache spares XLA's work, but finds a program by its text, and so traces and lowers it first. Here it is found by
-all that the text is a function of (`determinants`): a `Kept` makes its maker from exactly the arguments that it tells
-of, and programs come from the maker alone, so that nothing a program holds can be missing from its name.
-
-Reading runs what was written, as with JAX's cache: the folder must be the user's, and writable by nobody else.
+JAX's cache spares XLA's work, but finds a program by its text, and so traces and lowers it first. Here the text itself
+is kept, as `jax.export` writes it, and found by all that it is a function of (`determinants`): a `Kept` makes its maker
+from exactly the arguments that it tells of, and programs come from the maker alone, so that nothing a program holds can
+be missing from its name. What is read is data, a StableHLO module and JSON: it runs nothing by itself.
 """
 
 import concurrent.futures
 import contextlib
+import dataclasses
 import hashlib
+import json
 import logging
-import os
 import pathlib
-import pickle
-import threading
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import Any, Generic, NamedTuple, TypeVar
 
 import jax
-from jax.experimental import serialize_executable
+from jax import export
+from jax.sharding import Mesh
 
 from convattn_jax import determinants
 from convattn_jax.data.corpus import write_atomically
@@ -28,12 +26,12 @@ from convattn_jax.data.corpus import write_atomically
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")
-V = TypeVar("V")
 
 PLATFORMS = ("cpu",)  # where it was tried
-FOLDER = "whole"  # of the folder of compiled programs, with which it is pruned
-HIT = "/jax/compilation_cache/cache_hits"
-WAITED = "/convattn_jax/kept/waited"  # told to jax.monitoring: seconds until a program that was kept could be called
+FOLDER = "traced"  # of the folder of compiled programs, with which it is pruned
+SEAL = 32  # bytes
+# calls that JAX would keep back, since they may mean something else in its next version: which is part of the name
+BY_VERSION = tuple(map(export.DisabledSafetyCheck.custom_call, ("__gpu$xla.gpu.triton",)))
 
 
 class _Place(NamedTuple):
@@ -48,115 +46,153 @@ _readers = concurrent.futures.ThreadPoolExecutor(1, "read-program")
 def use(folder: pathlib.Path | None, config_file: str = "") -> None:
     """Has programs made from now on looked up, and kept, in a part of `folder`; None: nowhere.
 
-    `config_file` is the Python file that made the configuration. A folder that others can write is not used.
+    `config_file` is the Python file that made the configuration.
     """
     global _place
     _place = None
     if folder is not None:
         inside = folder / FOLDER
         try:
-            inside.mkdir(mode=0o700, exist_ok=True)
-            if _is_private(inside):
-                _place = _Place(inside, config_file)
-            else:
-                log.warning("whole programs are not kept: others can write %s", inside)
+            inside.mkdir(exist_ok=True)
+            _place = _Place(inside, config_file)
         except OSError as error:
-            log.warning("whole programs are not kept: %s: %s", inside, error.strerror)
+            log.warning("traced programs are not kept: %s: %s", inside, error.strerror)
 
 
-def _is_private(folder: pathlib.Path) -> bool:
-    stat = folder.stat()
-    return stat.st_uid == os.getuid() and not stat.st_mode & 0o022
+@dataclasses.dataclass(frozen=True)
+class Traceable:
+    """A function of trees of tuples, lists and dicts, and how it is compiled."""
+
+    function: Callable[..., Any]
+    arguments: tuple[Any, ...]  # their shapes, with shardings where these matter
+    out_shardings: Any = None
+    donate: tuple[int, ...] = ()
+    options: dict[str, str | bool] | None = None  # the compiler's
+    within: Callable[[], contextlib.AbstractContextManager[None]] = contextlib.nullcontext  # when it is lowered
+
+    def lower(self) -> jax.stages.Lowered:
+        """What can be compiled."""
+        with self.within():
+            return self._jitted().lower(*self.arguments)
+
+    def export(self) -> export.Exported:
+        """What can be kept."""
+        with self.within():
+            return export.export(self._jitted(), disabled_checks=BY_VERSION)(*self.arguments)
+
+    def results(self) -> Any:
+        """Shapes of what the function returns, with their shardings."""
+        shapes = jax.eval_shape(self.function, *self.arguments)
+        shardings = jax.tree.broadcast(self.out_shardings, shapes, is_leaf=lambda leaf: leaf is None)
+        return jax.tree.map(_placed, shapes, shardings)
+
+    def _jitted(self) -> Any:
+        return jax.jit(
+            self.function,
+            donate_argnums=self.donate,
+            in_shardings=jax.tree.map(lambda shape: shape.sharding, self.arguments),
+            out_shardings=self.out_shardings,
+            compiler_options=self.options,
+        )
 
 
 class Kept(Generic[T]):
-    """`made`, which is `make(*arguments)`, and what was compiled of it, by name.
+    """`made`, which is `make(*arguments)`, and its programs for `mesh`, by name.
 
-    Several processes, devices of other kinds than `PLATFORMS`, and who is not `wanted` keep nothing: each program is
-    compiled.
+    Several processes, and devices of other kinds than `PLATFORMS`, keep nothing: each program is traced.
     """
 
-    def __init__(self, make: Callable[..., T], *arguments: Any, devices: Sequence[Any], wanted: bool = True):
+    def __init__(self, make: Callable[..., T], *arguments: Any, mesh: Mesh):
         self.made = make(*arguments)
-        self._devices, self._found = list(devices), {}
-        self._reading: dict[str, concurrent.futures.Future[Any]] = {}
+        self._mesh = mesh
+        self._traced: dict[str, Traceable] = {}
+        self._compiled: dict[str, jax.stages.Compiled] = {}
+        self._compiling: dict[str, concurrent.futures.Future[jax.stages.Compiled]] = {}
         self._path: pathlib.Path | None = None
-        if _place and wanted and jax.process_count() == 1 and jax.default_backend() in PLATFORMS:
+        if _place and jax.process_count() == 1 and jax.default_backend() in PLATFORMS:
             name = determinants.digest((f"{make.__module__}.{make.__qualname__}", arguments), _place.config_file)
             self._path = _place.folder / name
 
     def ahead(self, name: str) -> None:
-        """Begins to read a program that will be wanted, in another thread."""
-        self._reading[name] = _readers.submit(self._read, name, self._loaded)
+        """Begins to compile, in another thread, a program that will be wanted and is kept."""
+        if found := self._read(name):
+            self._compiling[name] = _readers.submit(lambda: found.lower().compile())
 
-    def program(self, name: str, lower: Callable[[T], jax.stages.Lowered]) -> jax.stages.Compiled:
-        """The program that `lower(made)` compiles to; `lower` is a function of what it is given alone."""
-        if name not in self._found:
-            began, reading = time.monotonic(), self._reading.pop(name, None)
-            program = reading.result() if reading else self._read(name, self._loaded)
-            if program is not None:
-                jax.monitoring.record_event_duration_secs(WAITED, time.monotonic() - began)
-            self._found[name] = self._compiled(name, lower) if program is None else program
-        return self._found[name]
+    def program(self, name: str, of: Callable[[T], Traceable]) -> jax.stages.Compiled:
+        """`of(made)`, compiled; `of` is a function of what it is given alone."""
+        if name not in self._compiled:
+            ahead = self._compiling.pop(name, None)
+            self._compiled[name] = ahead.result() if ahead else self._traceable(name, of).lower().compile()
+        return self._compiled[name]
 
-    def value(self, name: str, of: Callable[[T], V]) -> V:
-        """`of(made)`, which can be pickled and takes time to find out."""
-        value = self._read(name, lambda stored: stored)
-        if value is None:
-            with _said() as said:
-                value = of(self.made)
-            self._write(name, said, lambda: value)
-        return value
+    def results(self, name: str, of: Callable[[T], Traceable]) -> Any:
+        """Shapes of what the program returns, with their shardings."""
+        return self._traceable(name, of).results()
 
-    def _compiled(self, name: str, lower: Callable[[T], jax.stages.Lowered]) -> jax.stages.Compiled:
-        with _cache_hits() as hits, _said() as said:
-            program = lower(self.made).compile()
-        if not hits:  # XLA can't write again, for CPUs, what it has read
-            self._write(name, said, lambda: serialize_executable.serialize(program))
-        return program
-
-    def _loaded(self, stored: Any) -> jax.stages.Compiled:
-        return serialize_executable.deserialize_and_load(*stored, execution_devices=self._devices)
+    def _traceable(self, name: str, of: Callable[[T], Traceable]) -> Traceable:
+        """One that is traced already, read or just written, where programs are kept: JAX finds it by the same text."""
+        found = self._read(name)
+        if found is None:
+            found = self._traced[name] = self._write(name, of(self.made))
+        return found
 
     def _file(self, name: str) -> pathlib.Path | None:
         return self._path and self._path.with_name(f"{self._path.name}-{name}")
 
-    def _read(self, name: str, decode: Callable[[Any], V]) -> V | None:
+    def _read(self, name: str) -> Traceable | None:
         """What was kept by this name; None, and a line in the log, where that can't be had."""
         path = self._file(name)
-        if path is None or not path.exists():
-            return None
+        if name in self._traced or path is None or not path.exists():
+            return self._traced.get(name)
         try:
             content = path.read_bytes()
-            if content[:32] != _seal(path, content[32:]):
+            if content[:SEAL] != _seal(path, content[SEAL:]):
                 raise ValueError("it is damaged")
-            said, stored = pickle.loads(content[32:])
-            value = decode(stored)
-        except Exception as error:  # whatever keeps it from being loaded, it can be compiled
-            reason = " ".join(str(error).split())[:200]
-            log.warning("a kept program cannot be read (%s: %s): compiling it anew", path, reason)
-            with contextlib.suppress(OSError):  # where JAX's cache has the program, no other would be written
-                path.unlink()
+            said, found = self._decoded(content[SEAL:])
+        except Exception as error:  # whatever keeps it from being read, it can be traced
+            log.warning("a kept program cannot be read (%s: %s): tracing it anew", path, _line(error))
             return None
         for logger, level, message in said:
             logging.getLogger(logger).log(level, "%s", message)
-        return value
+        self._traced[name] = found
+        return found
 
-    def _write(self, name: str, said: list[tuple[str, int, str]], content: Callable[[], Any]) -> None:
+    def _write(self, name: str, traceable: Traceable) -> Traceable:
         path = self._file(name)
         if path is None:
-            return
+            return traceable
         try:
-            data = pickle.dumps((said, content()))
+            with _said() as said:
+                exported = traceable.export()
+            facts = {"said": said, "donate": traceable.donate, "options": traceable.options}
+            data = json.dumps(facts).encode() + b"\n" + exported.serialize()
             write_atomically(path, _seal(path, data) + data)
-        except Exception as error:  # what holds calls back to Python can't be written; nor need a disk have room
-            reason = " ".join(str(error).split())[:200]
-            log.warning("a program is not kept (%s: %s)", name, reason)
+            return self._decoded(data)[1]
+        except Exception as error:  # what calls back to Python can't be written; nor need a disk have room
+            log.warning("a program is not kept (%s: %s)", name, _line(error))
+            return traceable
+
+    def _decoded(self, data: bytes) -> tuple[list[tuple[str, int, str]], Traceable]:
+        facts, _, module = data.partition(b"\n")
+        facts, exported = json.loads(facts), export.deserialize(bytearray(module))
+        ins, outs = exported.in_shardings_jax(self._mesh), exported.out_shardings_jax(self._mesh)
+        arguments, _ = jax.tree.unflatten(exported.in_tree, list(map(_placed, exported.in_avals, ins)))
+        out_shardings = jax.tree.unflatten(exported.out_tree, outs)
+        found = Traceable(exported.call, arguments, out_shardings, tuple(facts["donate"]), facts["options"])
+        return [(logger, level, message) for logger, level, message in facts["said"]], found
+
+
+def _placed(shape: Any, sharding: Any) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=sharding)
 
 
 def _seal(path: pathlib.Path, data: bytes) -> bytes:
     """A digest of a file and of its name, under which alone it is what it says."""
     return hashlib.sha256(path.name.encode() + data).digest()
+
+
+def _line(error: Exception) -> str:
+    return " ".join(str(error).split())[:200]
 
 
 @contextlib.contextmanager
@@ -171,19 +207,3 @@ def _said() -> Iterator[list[tuple[str, int, str]]]:
         yield records
     finally:
         package.removeHandler(handler)
-
-
-@contextlib.contextmanager
-def _cache_hits() -> Iterator[list[str]]:
-    """What this thread found in JAX's own cache within the block."""
-    hits, thread = [], threading.get_ident()
-
-    def heard(event: str, **_: str | int) -> None:
-        if event == HIT and threading.get_ident() == thread:
-            hits.append(event)
-
-    jax.monitoring.register_event_listener(heard)
-    try:
-        yield hits
-    finally:
-        jax.monitoring.unregister_event_listener(heard)

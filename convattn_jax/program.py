@@ -14,7 +14,7 @@ from convattn_jax import checkpoint, compiled, optim, sharding, train
 from convattn_jax.config import check
 from convattn_jax.data.config import DataConfig, TokenizerConfig
 from convattn_jax.data.examples import token_dtype
-from convattn_jax.kept import Kept
+from convattn_jax.kept import Kept, Traceable
 from convattn_jax.kernels.operations import operations_by
 from convattn_jax.masking import MaskingConfig, Vocabulary
 from convattn_jax.model.config import ModelConfig
@@ -23,6 +23,8 @@ from convattn_jax.objective import MaskedLanguageModelling, unigram_log_probabil
 from convattn_jax.resume import ResumeConfig
 from convattn_jax.train import TrainState
 from convattn_jax.watchdog import WatchdogConfig
+
+PlainState = dict[str, Any]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,7 +54,7 @@ class PretrainConfig:
 
 
 class Steps:
-    """Model, objective, optimizer and the jitted steps; `counts` are how often each id stands in the text.
+    """Model, objective, optimizer and what becomes programs; `counts` are how often each id stands in the text.
 
     A program that it makes is a function of its arguments and of nothing else: by them it is kept and found again.
     """
@@ -67,63 +69,56 @@ class Steps:
         self.optimizer = optim.make_optimizer(c.optimizer, c.train.steps)
         self.rows, self.everywhere = NamedSharding(mesh, sharding.BATCH), NamedSharding(mesh, PartitionSpec())
 
-    def shapes(self) -> TrainState:
-        """Those of the state, without shardings."""
-        return self._shapes
+    def init(self) -> Traceable:
+        """seed -> the plain state before the first step, drawn where it belongs on the mesh."""
+        return Traceable(self._initial_state, (_a_number(np.uint32),), plain(self._shardings), within=compiled.drawing)
+
+    def step(self) -> Traceable:
+        """(plain state, rows, seed) -> (plain state, sums); it donates the state."""
+        arguments = (plain(self._like), self._batch(), _a_number(np.uint32))
+        out_shardings = (plain(self._shardings), self.everywhere)
+        return Traceable(self._train_step, arguments, out_shardings, donate=(0,), options=compiled.options())
+
+    def evaluation(self) -> Traceable:
+        """(params, rows, index) -> sums."""
+        arguments = (self._like.params, self._batch(), _a_number(np.int32))
+        return Traceable(self.objective.evaluation_sums, arguments, self.everywhere, options=compiled.options())
+
+    def opt_tree(self, params: Any) -> Any:
+        """The structure of the optimizer's state for parameters, or their shapes."""
+        return jax.tree.structure(jax.eval_shape(self.optimizer.init, params))
 
     @functools.cached_property
     def _shapes(self) -> TrainState:
-        return jax.eval_shape(self._initial_state, _a_number(np.uint32))
-
-    @functools.cached_property
-    def _like(self) -> TrainState:
-        return placed(self._shapes, self.mesh)
+        shapes = jax.eval_shape(self._initial_state, _a_number(np.uint32))
+        return whole(shapes, self.opt_tree(shapes["params"]))
 
     @functools.cached_property
     def _shardings(self) -> TrainState:
         return sharding.tree_shardings(self._shapes, self.mesh)
 
-    def lower_init(self) -> jax.stages.Lowered:
-        """seed -> the state before the first step, drawn where it belongs on the mesh."""
-        with compiled.drawing():
-            return jax.jit(self._initial_state, out_shardings=self._shardings).lower(_a_number(np.uint32))
-
-    def lower_step(self) -> jax.stages.Lowered:
-        """(state, rows, seed) -> (state, sums), from shapes alone; it donates the state."""
-        step = jax.jit(
-            self._train_step,
-            donate_argnums=0,
-            in_shardings=(self._shardings, self.rows, None),
-            out_shardings=(self._shardings, self.everywhere),
-            compiler_options=compiled.options(),
+    @functools.cached_property
+    def _like(self) -> TrainState:
+        return jax.tree.map(
+            lambda s, sh: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sh), self._shapes, self._shardings
         )
-        return step.lower(self._like, self._batch(), _a_number(np.uint32))
-
-    def lower_evaluation(self) -> jax.stages.Lowered:
-        """(params, rows, index) -> sums."""
-        step = jax.jit(
-            self.objective.evaluation_sums,
-            in_shardings=(self._shardings.params, self.rows, None),
-            out_shardings=self.everywhere,
-            compiler_options=compiled.options(),
-        )
-        return step.lower(self._like.params, self._batch(), _a_number(np.int32))
 
     def _batch(self) -> jax.ShapeDtypeStruct:
         shape = (self._c.train.batch_size, self._c.data.length)
         return jax.ShapeDtypeStruct(shape, token_dtype(self.model.vocab_size), sharding=self.rows)
 
-    def _train_step(self, state: TrainState, rows: Array, seed: Array) -> tuple[TrainState, dict[str, Array]]:
+    def _train_step(self, state: PlainState, rows: Array, seed: Array) -> tuple[PlainState, dict[str, Array]]:
         """The seed is an argument: runs that differ in it alone share one compiled program, and so a compile cache."""
         c = self._c.train
         step = train.make_train_step(self.objective, self.optimizer, seed, c.accumulate, c.skip_nonfinite > 0)
-        return step(state, rows)
+        new, sums = step(whole(state, self.opt_tree(state["params"])), rows)
+        return plain(new), sums
 
-    def _initial_state(self, seed: Array) -> TrainState:
+    def _initial_state(self, seed: Array) -> PlainState:
         params = self.model.initial_params(jax.random.key(seed))
         if self._c.model.output_bias == "unigram":
             params["head"]["bias"] = jnp.asarray(self.objective.unigram)
-        return TrainState(jnp.zeros((), jnp.int32), params, self.optimizer.init(params))
+        return plain(TrainState(jnp.zeros((), jnp.int32), params, self.optimizer.init(params)))
 
 
 class Program:
@@ -131,42 +126,48 @@ class Program:
 
     def __init__(self, c: PretrainConfig, vocabulary: Vocabulary, counts: np.ndarray, mesh: Mesh):
         self.c, self.mesh = c, mesh
-        wanted = not c.train.deterministic  # then XLA's choices are kept in the run folder, by compiling there
-        devices = list(mesh.devices.flat)
-        self._kept = Kept(Steps, shared(c), vocabulary, counts, mesh, devices=devices, wanted=wanted)
+        self._kept = Kept(Steps, shared(c), vocabulary, counts, mesh, mesh=mesh)
         self._kept.ahead("step")
         self._steps = self._kept.made
         self.model, self.objective, self.schedule = self._steps.model, self._steps.objective, self._steps.schedule
         self.rows, self.everywhere = self._steps.rows, self._steps.everywhere
-        self.like = placed(self._kept.value("shapes", Steps.shapes), mesh)
+        like = self._kept.results("init", Steps.init)
+        self._opt_tree = self._steps.opt_tree(like["params"])
+        self.like = whole(like, self._opt_tree)
 
     def init(self, seed: int) -> TrainState:
         """The state before the first step, drawn where it belongs on the mesh."""
-        return self._kept.program("init", Steps.lower_init)(np.uint32(seed))
+        return whole(self._kept.program("init", Steps.init)(np.uint32(seed)), self._opt_tree)
 
     def train_step(self, state: TrainState, rows: Array) -> tuple[TrainState, dict[str, Array]]:
         """The compiled step; it donates the state."""
-        return self._kept.program("step", Steps.lower_step)(state, rows, np.uint32(self.c.seed))
+        step = self._kept.program("step", Steps.step)
+        new, sums = step(plain(state), rows, np.uint32(self.c.seed))
+        return whole(new, self._opt_tree), sums
 
     def eval_step(self, params: Any, rows: Array, index: int) -> dict[str, Array]:
         """The compiled evaluation of the index-th batch."""
-        return self._kept.program("evaluation", Steps.lower_evaluation)(params, rows, np.int32(index))
+        return self._kept.program("evaluation", Steps.evaluation)(params, rows, np.int32(index))
 
     def lower(self) -> jax.stages.Lowered:
-        """The train step (state, rows, seed), to be compiled ahead of time, from shapes alone."""
-        return self._steps.lower_step()
+        """The train step (plain state, rows, seed), to be compiled ahead of time, from shapes alone."""
+        return self._steps.step().lower()
+
+
+def plain(state: TrainState) -> PlainState:
+    """A state, or what has its form, in trees that can be kept: those of the optimizer are of optax's own kinds."""
+    return {"step": state.step, "params": state.params, "opt_state": jax.tree.leaves(state.opt_state)}
+
+
+def whole(state: PlainState, opt_tree: Any) -> TrainState:
+    """The state whose plain form this is."""
+    return TrainState(state["step"], state["params"], jax.tree.unflatten(opt_tree, state["opt_state"]))
 
 
 def shared(c: PretrainConfig) -> PretrainConfig:
     """What programs may depend on: without a run's name and seed, and without where its host keeps its rows."""
     data = dataclasses.replace(c.data, cache_dir="", workers=1)
     return dataclasses.replace(c, name="", seed=0, data=data)
-
-
-def placed(shapes: TrainState, mesh: Mesh) -> TrainState:
-    """Shapes with the shardings of their arrays."""
-    shardings = sharding.tree_shardings(shapes, mesh)
-    return jax.tree.map(lambda s, sh: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sh), shapes, shardings)
 
 
 def _a_number(dtype: Any) -> jax.ShapeDtypeStruct:

@@ -146,12 +146,12 @@ def test_the_report_holds_every_contender_and_ratio(tmp_path):
 
 
 def test_the_table_of_starts_holds_each_beside_the_cold_one():
-    parts = {"imports": 2.0, "devices": 1.0, "tracing": 0.5, "lowering": 0.5, "compiling": 1.0, "loading": 0.0}
+    parts = {"imports": 2.0, "devices": 1.0, "tracing": 0.5, "lowering": 0.5, "compiling": 1.0}
     records = [{"start": "cold", "first_step": 40.0, "device": "chip", **parts}]
-    records.append({**records[0], "start": "warm", "first_step": 6.0, "compiling": 0.25, "loading": 0.75})
+    records.append({**records[0], "start": "warm", "first_step": 6.0, "compiling": 0.25})
     table = start.markdown(records, 12.4)
     assert "chip; 12 MB" in table
-    assert "| warm | 6.0 | 15% | 2.0 | 1.0 | 0.5 | 0.5 | 0.2 | 0.8 | 1.0 |" in table
+    assert "| warm | 6.0 | 15% | 2.0 | 1.0 | 0.5 | 0.5 | 0.2 | 1.8 |" in table
 
 
 def test_the_report_on_attention_compares_medians_and_draws_both_curves(tmp_path):

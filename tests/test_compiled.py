@@ -1,6 +1,5 @@
 import os
 import pathlib
-import types
 
 import jax
 import numpy as np
@@ -11,6 +10,7 @@ from played_bucket import played  # noqa: F401  the fixture `bucket`
 
 from convattn_jax import compiled, sharding
 from convattn_jax.config import UserError, from_config, parse
+from convattn_jax.model.mlm import MaskedLM
 from convattn_jax.program import PretrainConfig, Program, made_up_vocabulary
 
 SETTINGS = (
@@ -128,8 +128,7 @@ def test_initial_parameters_are_drawn_by_a_kernel_on_gpus_and_the_setting_is_put
 
     c = from_config(PretrainConfig, tiny.config(tmp_path))
     program = Program(c, made_up_vocabulary(16), np.ones(16, np.int64), sharding.make_mesh(c.mesh))
-    counted, lowered = [], draw.lower(key)
-    jitted = types.SimpleNamespace(lower=lambda *_: (counted.append(kernels()), lowered)[1])
-    monkeypatch.setattr(jax, "jit", lambda *_, **__: jitted)
-    program._steps.lower_init()
-    assert counted == [1]
+    counted, draw_all = [], MaskedLM.initial_params
+    monkeypatch.setattr(MaskedLM, "initial_params", lambda *args: (counted.append(kernels()), draw_all(*args))[1])
+    program._steps.init().lower()
+    assert counted[-1] == 1

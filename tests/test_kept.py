@@ -1,7 +1,6 @@
-"""Whole programs: a second start uses them without tracing, to the same bits, or compiles as if there were none."""
+"""Traced programs: a second start doesn't trace its model, to the same bits, or traces as if none were kept."""
 
 import logging
-import os
 import pickle
 
 import jax
@@ -9,15 +8,19 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
+from jax import export
 from jax.experimental.compilation_cache import compilation_cache
+from jax.sharding import AxisType
 
 from convattn_jax import compiled, kept, main, pretrain, sharding
 from convattn_jax.config import from_config
-from convattn_jax.kept import Kept
-from convattn_jax.program import PretrainConfig, Program, made_up_vocabulary
+from convattn_jax.kept import Kept, Traceable
+from convattn_jax.kernels.composite import composite_attention
+from convattn_jax.program import PretrainConfig, Program, Steps, made_up_vocabulary
 from convattn_jax.train import TrainState
 
-TRACED = "/jax/core/compile/jaxpr_trace_duration"
+HIT = "/jax/compilation_cache/cache_hits"
+MESH = jax.make_mesh((1,), ("data",), axis_types=(AxisType.Auto,), devices=jax.devices()[:1])
 
 
 @pytest.fixture
@@ -36,16 +39,11 @@ def place(tmp_path):
 
 
 @pytest.fixture
-def told():
-    """What JAX's monitoring is told."""
-    events = []
-
-    def add(event, *_, **__):
-        events.append(event)
-
-    jax.monitoring.register_event_duration_secs_listener(add)
-    yield events
-    jax.monitoring.unregister_event_duration_listener(add)
+def traced(monkeypatch):
+    """Names of what is exported, for which it is traced."""
+    names, export = [], Traceable.export
+    monkeypatch.setattr(Traceable, "export", lambda self: (names.append(self.function.__name__), export(self))[1])
+    return names
 
 
 class Line:
@@ -54,8 +52,8 @@ class Line:
     def __init__(self, factor: float, noise=jnp.sin):
         self.factor, self.noise = factor, noise
 
-    def lower(self):
-        return jax.jit(self.of, donate_argnums=0).lower(jax.ShapeDtypeStruct((3,), np.float32))
+    def line(self):
+        return Traceable(self.of, (jax.ShapeDtypeStruct((3,), np.float32),), donate=(0,))
 
     def of(self, x):
         return self.factor * x + self.noise(x)
@@ -73,8 +71,7 @@ class CallsBack(Line):
 
 
 def line(factor: float = 2.0, make=Line) -> list[float]:
-    program = Kept(make, factor, devices=jax.devices()).program("line", make.lower)
-    return program(jnp.arange(3.0)).tolist()
+    return Kept(make, factor, mesh=MESH).program("line", make.line)(jnp.arange(3.0)).tolist()
 
 
 def trained(folder, **changes):
@@ -100,17 +97,14 @@ def assert_same_bits(a, b):
             np.testing.assert_array_equal(np.asarray(x), np.asarray(y))
 
 
-def test_a_second_start_traces_nothing_and_computes_the_same_bits(place, told):
+def test_a_second_start_traces_nothing_and_computes_the_same_bits(place, traced):
     first = trained(place, seed=3)
-    assert len(list(place.iterdir())) == 4  # the shapes of the state and three programs
-    assert TRACED in told
-    told.clear()
+    assert len(list(place.iterdir())) == 3
+    assert sorted(traced) == ["_initial_state", "_train_step", "evaluation_sums"]
     second, of_another_seed = trained(place, seed=3), trained(place, seed=4)
-    assert TRACED not in told
-    assert told.count(kept.WAITED) == 6
+    assert len(traced) == 3
     kept.use(None)
     third = trained(place, seed=3)
-    assert TRACED in told
     assert isinstance(second[0], TrainState)
     assert_same_bits(first, second)
     assert_same_bits(second, third)
@@ -118,54 +112,80 @@ def test_a_second_start_traces_nothing_and_computes_the_same_bits(place, told):
     assert not np.array_equal(*words)
 
 
-def test_a_deterministic_run_keeps_none_for_it_keeps_what_xla_chose(place):
-    c = from_config(PretrainConfig, tiny.config(place, train__deterministic=True))
-    Program(c, made_up_vocabulary(40), np.arange(40), sharding.make_mesh(c.mesh))
-    assert list(place.iterdir()) == []
+def test_the_model_itself_is_not_traced_for_what_is_kept(place, monkeypatch):
+    trained(place)
+
+    def traced(*_, **__):
+        raise AssertionError
+
+    for name in ("_initial_state", "_train_step"):
+        monkeypatch.setattr(Steps, name, traced)
+    trained(place)
+    with pytest.raises(AssertionError):
+        trained(place, model__radius=1)
 
 
-def test_the_front_door_keeps_programs_and_finds_them(place, told, tmp_path, monkeypatch):
+def test_the_front_door_keeps_programs_and_finds_them(place, traced, tmp_path, monkeypatch):
     monkeypatch.setattr(pretrain._Run, "_finish", lambda self, state: {})  # pictures
+    monkeypatch.setattr(compiled, "LEAST_SECONDS", 0.0)
+    hits = []
+    jax.monitoring.register_event_listener(hear := lambda event, **_: hits.append(event == HIT))
     tiny.write_corpus(tmp_path / "text.txt")
     config = tiny.write_config(tmp_path, model__layers=1, train__steps=2, train__eval_every=2, train__log_every=2)
 
     def run(name: str, cache: str) -> list[dict]:
-        told.clear()
+        hits.clear()
         main.main(["main", f"--config={config}", f"--workdir={tmp_path / name}", f"--compile_cache={cache}"])
         return tiny.metrics(tmp_path / name)
 
     cache = tmp_path / "cache"
     first = run("first", str(cache))
-    assert len(list((cache / compiled.processor() / kept.FOLDER).iterdir())) == 4
+    assert len(list((cache / compiled.processor() / kept.FOLDER).iterdir())) == len(traced) == 3
     assert run("second", str(cache)) == first
-    assert told.count(kept.WAITED) == 3
+    assert len(traced) == 3
+    assert sum(hits) >= 3, "what was traced once is also compiled once"
     assert kept._place is not None
     assert kept._place.config_file == str(config)
-    run("second", "")
+    assert run("third", "") == first
     assert kept._place is None
+    jax.monitoring.unregister_event_listener(hear)
 
 
-def test_a_captured_value_is_a_part_of_the_name(place, told):
+def test_a_captured_value_is_a_part_of_the_name(place, traced):
     x = np.arange(3.0, dtype=np.float32)
-    for factor in (2.0, 3.0):
+    for factor in (2.0, 3.0, 3.0):
         assert line(factor) == (factor * x + np.sin(x)).tolist()
-    assert len(list(place.iterdir())) == 2
-    told.clear()
-    assert line(3.0) == (3 * x + np.sin(x)).tolist()
-    assert TRACED not in told
+    assert len(list(place.iterdir())) == len(traced) == 2
     with pytest.raises(TypeError, match="cannot be kept"):
-        Kept(Line, 2.0, jnp.cos, devices=jax.devices())
+        Kept(Line, 2.0, jnp.cos, mesh=MESH)
 
 
-def test_what_was_said_in_tracing_is_said_again(place, told, caplog):
-    for start in range(2):
+def test_what_was_said_in_tracing_is_said_again(place, traced, caplog):
+    for _ in range(2):
         caplog.clear()
-        told.clear()
         line(2.0, Warns)
-        assert (TRACED in told) == (start == 0)
+        assert len(traced) == 1
         assert [(record.name, record.getMessage()) for record in caplog.records] == [
             ("convattn_jax.kernels", "no kernel of 2.0")
         ]
+
+
+def test_a_program_is_compiled_ahead_as_it_would_be(place, traced):
+    expected = line()
+    one = Kept(Line, 2.0, mesh=MESH)
+    one.ahead("line")
+    one.ahead("none of this name")
+    assert one.program("line", Line.line)(jnp.arange(3.0)).tolist() == expected
+    assert len(traced) == 1
+
+
+def test_shapes_of_results_are_told_without_tracing(place, traced):
+    expected = jax.ShapeDtypeStruct((3,), np.float32)
+    for _ in range(2):
+        assert Kept(Line, 2.0, mesh=MESH).results("line", Line.line) == expected
+    assert len(traced) == 1
+    kept.use(None)
+    assert Kept(Line, 2.0, mesh=MESH).results("line", Line.line) == expected
 
 
 def flipped(data: bytes) -> bytes:
@@ -176,35 +196,31 @@ def flipped(data: bytes) -> bytes:
 def test_a_damaged_file_is_told_of_once_and_made_anew(place, caplog, damage):
     expected = line()
     [file] = place.iterdir()
-    whole = file.read_bytes()
-    file.write_bytes(damage(whole))
+    file.write_bytes(damage(file.read_bytes()))
     assert line() == expected
     assert caplog.text.count("it is damaged") == len(caplog.records) == 1
     assert line() == expected
     assert len(caplog.records) == 1
 
 
-def test_what_cannot_be_loaded_here_is_made_anew(place, caplog):
+def test_what_cannot_be_read_here_is_made_anew(place, caplog):
     expected = line()
     [file] = place.iterdir()
-    for content in (pickle.dumps(([], (b"no program", None, None))), b"no pickle"):
+    whole = file.read_bytes()[kept.SEAL :]
+    for content in (b"{}\n" + whole, b"no program", pickle.dumps(expected)):
         file.write_bytes(kept._seal(file, content) + content)
         assert line() == expected
-    assert len(caplog.records) == 2
-    file.write_bytes(kept._seal(file.with_name("other"), content) + content)
+    assert len(caplog.records) == 3
+    file.write_bytes(kept._seal(file.with_name("other"), whole) + whole)
     assert line() == expected
     assert "it is damaged" in caplog.text, "a file under another's name"
 
 
-def test_a_folder_that_others_can_write_is_not_used(tmp_path, place, caplog):
-    line()
-    for path in (place, *place.iterdir()):
-        assert not path.stat().st_mode & 0o022
-    os.chmod(place, 0o770)
+def test_a_folder_that_cannot_be_made_is_told_of(tmp_path, caplog):
+    (tmp_path / kept.FOLDER).write_text("a file")
     kept.use(tmp_path)
-    assert "others can write" in caplog.text
-    line(3.0)
-    assert len(list(place.iterdir())) == 1
+    assert "traced programs are not kept" in caplog.text
+    assert kept._place is None
 
 
 @pytest.mark.parametrize(("name", "value"), [("default_backend", "tpu"), ("process_count", 2)])
@@ -220,19 +236,17 @@ def test_a_program_that_calls_back_to_python_is_not_kept(place, caplog):
     assert "is not kept" in caplog.text
 
 
-def test_what_jax_found_in_its_own_cache_is_not_written_again(place, tmp_path):
-    jax.config.update("jax_enable_compilation_cache", True)
-    jax.config.update("jax_compilation_cache_dir", str(tmp_path / "jax"))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
-    compilation_cache.reset_cache()
-    expected = line()
-    [file] = place.iterdir()
-    file.write_bytes(b"")
-    assert line() == expected
-    assert list(place.iterdir()) == [], "a damaged file is told of once"
+def test_jax_lets_kernels_for_gpus_be_kept():
+    rows = (jax.ShapeDtypeStruct((1, 64, 2, 16), np.float32),) * 3
+    taps = jax.ShapeDtypeStruct((2, 5), np.float32)
+    attend = jax.jit(lambda rows, taps: composite_attention(rows, fixed=taps))
+    with pytest.raises(ValueError, match="triton"):
+        export.export(attend, platforms=("cuda",))(rows, taps)
+    written = export.export(attend, platforms=("cuda",), disabled_checks=kept.BY_VERSION)(rows, taps).serialize()
+    assert "triton" in export.deserialize(written).mlir_module()
 
 
-def test_whole_programs_are_pruned_with_the_others(tmp_path, place):
+def test_traced_programs_are_pruned_with_the_others(tmp_path, place):
     line()
     compiled.prune(tmp_path, 0)
     assert list(place.iterdir()) == []
