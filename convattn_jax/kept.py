@@ -66,6 +66,7 @@ class Traceable:
     function: Callable[..., Any]
     arguments: tuple[Any, ...]  # their shapes, with shardings where these matter
     out_shardings: Any = None
+    returns: Any = None  # shapes of what it returns, with shardings, where they are known
     donate: tuple[int, ...] = ()
     options: dict[str, str | bool] | None = None  # the compiler's
     within: Callable[[], contextlib.AbstractContextManager[None]] = contextlib.nullcontext  # when it is lowered
@@ -79,12 +80,6 @@ class Traceable:
         """What can be kept."""
         with self.within():
             return export.export(self._jitted(), disabled_checks=BY_VERSION)(*self.arguments)
-
-    def results(self) -> Any:
-        """Shapes of what the function returns, with their shardings."""
-        shapes = jax.eval_shape(self.function, *self.arguments)
-        shardings = jax.tree.broadcast(self.out_shardings, shapes, is_leaf=lambda leaf: leaf is None)
-        return jax.tree.map(_placed, shapes, shardings)
 
     def _jitted(self) -> Any:
         return jax.jit(
@@ -125,9 +120,9 @@ class Kept(Generic[T]):
             self._compiled[name] = ahead.result() if ahead else self._traceable(name, of).lower().compile()
         return self._compiled[name]
 
-    def results(self, name: str, of: Callable[[T], Traceable]) -> Any:
-        """Shapes of what the program returns, with their shardings."""
-        return self._traceable(name, of).results()
+    def returns(self, name: str, of: Callable[[T], Traceable]) -> Any:
+        """Shapes of what the program returns, with shardings; None where neither it is kept nor `of(made)` knows."""
+        return self._traceable(name, of).returns
 
     def _traceable(self, name: str, of: Callable[[T], Traceable]) -> Traceable:
         """One that is traced already, read or just written, where programs are kept: JAX finds it by the same text."""
@@ -177,8 +172,14 @@ class Kept(Generic[T]):
         facts, exported = json.loads(facts), export.deserialize(bytearray(module))
         ins, outs = exported.in_shardings_jax(self._mesh), exported.out_shardings_jax(self._mesh)
         arguments, _ = jax.tree.unflatten(exported.in_tree, list(map(_placed, exported.in_avals, ins)))
-        out_shardings = jax.tree.unflatten(exported.out_tree, outs)
-        found = Traceable(exported.call, arguments, out_shardings, tuple(facts["donate"]), facts["options"])
+        found = Traceable(
+            exported.call,
+            arguments,
+            jax.tree.unflatten(exported.out_tree, outs),
+            jax.tree.unflatten(exported.out_tree, list(map(_placed, exported.out_avals, outs))),
+            tuple(facts["donate"]),
+            facts["options"],
+        )
         return [(logger, level, message) for logger, level, message in facts["said"]], found
 
 

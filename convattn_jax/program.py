@@ -71,7 +71,8 @@ class Steps:
 
     def init(self) -> Traceable:
         """seed -> the plain state before the first step, drawn where it belongs on the mesh."""
-        return Traceable(self._initial_state, (_a_number(np.uint32),), plain(self._shardings), within=compiled.drawing)
+        seed, shardings, shapes = _a_number(np.uint32), plain(self._shardings), plain(self._like)
+        return Traceable(self._initial_state, (seed,), shardings, shapes, within=compiled.drawing)
 
     def step(self) -> Traceable:
         """(plain state, rows, seed) -> (plain state, sums); it donates the state."""
@@ -131,7 +132,7 @@ class Program:
         self._steps = self._kept.made
         self.model, self.objective, self.schedule = self._steps.model, self._steps.objective, self._steps.schedule
         self.rows, self.everywhere = self._steps.rows, self._steps.everywhere
-        like = self._kept.results("init", Steps.init)
+        like = self._kept.returns("init", Steps.init)
         self._opt_tree = self._steps.opt_tree(like["params"])
         self.like = whole(like, self._opt_tree)
 

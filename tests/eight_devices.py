@@ -16,6 +16,7 @@ from convattn_jax import compiled, kept, pretrain, sharding
 from convattn_jax.config import from_config
 from convattn_jax.console import Console
 from convattn_jax.program import PretrainConfig, Program, Steps, made_up_vocabulary, plain
+from convattn_jax.train import TrainState
 
 SIZE = 40
 ROWS = np.random.default_rng(0).integers(5, SIZE, (2, 8, 16)).astype(np.uint16)
@@ -40,10 +41,11 @@ def program(sizes: tuple[int, int, int], mesh: sharding.Mesh | None = None) -> P
     return Program(c, made_up_vocabulary(SIZE), np.ones(SIZE, np.int64), mesh or sharding.make_mesh(c.mesh))
 
 
-def trained(program: Program):
-    """State and sums after two steps, and the text of the compiled step."""
-    step = program.lower().compile()
-    state, sums = plain(program.init(0)), None
+def trained(program: Program, initial: TrainState | None = None):
+    """State and sums after two steps from an initial state, or the program's own, and the text of the compiled step."""
+    step, sums = program.lower().compile(), None
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, program.like)
+    state = plain(program.init(0) if initial is None else jax.device_put(initial, shardings))
     for batch in ROWS:
         read = functools.partial(lambda rows, first, count: rows[first : first + count], batch)
         state, sums = step(state, sharding.global_batch(read, *batch.shape, program.mesh), np.uint32(0))
@@ -53,9 +55,10 @@ def trained(program: Program):
 def check_meshes() -> None:
     """Raises where a mesh disagrees with one device."""
     alone = jax.make_mesh((1, 1, 1), sharding.AXES, axis_types=(AxisType.Auto,) * 3, devices=jax.devices()[:1])
-    expected, expected_sums, _ = trained(program((1, 1, 1), alone))
+    initial = jax.device_get(program((1, 1, 1), alone).init(0))
+    expected, expected_sums, _ = trained(program((1, 1, 1), alone), initial)
     for sizes in MESHES:
-        state, sums, text = trained(program(sizes))
+        state, sums, text = trained(program(sizes), None if sizes == (2, 2, 2) else initial)
         _, fsdp, tensor = sizes
         kernel = state["params"]["encoder"]["layer_0"]["mlp_in"]["kernel"]
         assert kernel.addressable_shards[0].data.shape == (16 // fsdp, 32 // tensor)
@@ -99,12 +102,12 @@ def check_kept(home: pathlib.Path) -> None:
         one = program((2, 2, 2), mesh)
         return one.like, one.train_step(one.init(0), rows)
 
-    written, trace = stepped(home), Steps._train_step
+    traced, written, trace = stepped(None), stepped(home), Steps._train_step
     del Steps._train_step
     read = stepped(home)
     Steps._train_step = trace
     for other in (written, read):
-        for a, b in zip(*map(jax.tree.leaves, (other, stepped(None))), strict=True):
+        for a, b in zip(*map(jax.tree.leaves, (traced, other)), strict=True):
             assert (a.shape, a.dtype, a.sharding) == (b.shape, b.dtype, b.sharding)
             assert isinstance(a, jax.ShapeDtypeStruct) or np.array_equal(a, b)
 
