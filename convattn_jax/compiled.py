@@ -11,7 +11,7 @@ from collections.abc import Iterator
 import jax
 from jax.experimental.compilation_cache import compilation_cache
 
-from convattn_jax.config import UserError
+from convattn_jax.config import UserError, check
 from convattn_jax.data import bucket
 
 log = logging.getLogger(__name__)
@@ -46,7 +46,12 @@ def keep(folder: str | None) -> pathlib.Path | None:
         jax.config.update("jax_persistent_cache_enable_xla_caches", "none")  # XLA itself knows local folders only
         _use(str(inside))
         return None
-    inside = pathlib.Path(folder or DEFAULT).expanduser() / processor()
+    try:
+        inside = pathlib.Path(folder or DEFAULT).expanduser() / processor()
+    except RuntimeError:  # a container may know no home
+        check(folder is None, f"--compile_cache={folder}: there is no home directory: name another folder, or none")
+        log.warning("compiled programs are not kept: there is no home directory; name a folder by --compile_cache")
+        return None
     try:
         inside.mkdir(parents=True, exist_ok=True)
         prune(inside, LIMIT)

@@ -124,6 +124,7 @@ class Command:
     compile_cache: str | None = None  # None: where it is by default
     given: frozenset[str] = frozenset()  # the keys whose values are not those of the file
     file: str = ""  # of the configuration
+    size: str = ""  # that the file was asked for
 
 
 def parse(argv: list[str], default_root: str = "runs") -> Command:
@@ -155,8 +156,8 @@ def parse(argv: list[str], default_root: str = "runs") -> Command:
     cluster = Cluster(*(typing.cast(Any, values[name].value) for name in ("coordinator", "processes", "process")))
     compile_cache = typing.cast(str | None, values["compile_cache"].value)
     given = frozenset(key for key, value in flatten(config).items() if value != before.get(key))
-    workdir, file = str(values["workdir"].value or "") or default, spec.partition(":")[0]
-    return Command(config, workdir, cluster, compile_cache, given, file)
+    workdir, (file, _, size) = str(values["workdir"].value or "") or default, spec.partition(":")
+    return Command(config, workdir, cluster, compile_cache, given, file, size)
 
 
 def load_config_file(spec: str) -> ml_collections.ConfigDict:

@@ -1,7 +1,8 @@
 """Everything that a traced program is a function of, as one digest: what differs in any of it shares no program.
 
 A program is found by this digest without being traced, so whatever is left out here would be served stale. Arguments
-are told in full and of unknown kinds none is let pass; of the rest rather too much is told than too little.
+are told in full and of unknown kinds none is let pass; of the rest rather too much is told than too little. Where the
+code that runs may not be what the files hold, `doubt` says so, and there is no digest to be had.
 """
 
 import dataclasses
@@ -11,7 +12,8 @@ import pathlib
 import platform
 import sys
 import sysconfig
-from collections.abc import Iterable
+import time
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import flax
@@ -24,29 +26,60 @@ from jax.sharding import Mesh
 from convattn_jax import compiled
 
 LIBRARIES = {"jax": jax, "jaxlib": jaxlib, "flax": flax, "optax": optax, "numpy": np}
-BESIDE_JAXLIB = ("jax", "nvidia", "libtpu", "ml_dtypes")  # distributions: plugins, and the libraries that they load
-ENVIRONMENT = ("XLA_", "JAX_", "TF_", "LIBTPU", "CUDA_", "CUDNN_", "CUBLAS_", "NVIDIA_", "NCCL_", "OMP_")
+ENVIRONMENT = ("FLAX_", "XLA_", "JAX_", "TF_", "LIBTPU", "CUDA_", "CUDNN_", "CUBLAS_", "NVIDIA_", "NCCL_", "OMP_")
 OF_NO_PROGRAM = ("jax_compilation_cache", "jax_persistent_cache", "jax_enable_compilation_cache", "jax_log")
 
 
-def digest(arguments: Any, config_file: str = "") -> str:
-    """Of a program made from `arguments` alone by this code, in this process as it is now set up.
+def _process_began() -> float:
+    """When this process began, in seconds since 1970; now, where the system doesn't tell."""
+    try:
+        ticks = pathlib.Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19]
+        return time.time() - time.clock_gettime(time.CLOCK_BOOTTIME) + int(ticks) / os.sysconf("SC_CLK_TCK")
+    except (OSError, AttributeError):  # no Linux
+        return time.time()
 
-    `config_file` was run to make the configuration, and could have changed what the code means.
+
+BEGAN = _process_began()  # or the process that this one was forked from, which had loaded the code already
+
+
+def digest(arguments: Any, code: Mapping[str, str], *facts: str) -> str:
+    """Of a program made from `arguments` alone by `code`, in this process as it is now set up.
+
+    Args:
+      arguments: what its maker is given.
+      code: {file: digest}, as `files` tells it.
+      facts: whatever else could have changed what the code means.
 
     Raises:
       TypeError: an argument is of a kind that `described` doesn't know.
     """
-    facts = {
+    flax_settings = {name: getattr(flax.config, name) for name in dir(flax.config) if name.startswith("flax_")}
+    told = {
         "arguments": described(arguments),
-        "code": _code(config_file),
+        "code": sorted(code.items()),
+        "facts": facts,
         "libraries": _libraries(),
         "settings": {name: v for name, v in jax.config.values.items() if not name.startswith(OF_NO_PROGRAM)},
+        "flax": sorted(flax_settings.items()),
         "environment": {name: os.environ[name] for name in sorted(os.environ) if name.startswith(ENVIRONMENT)},
         "options": compiled.options(),
         "devices": _devices(jax.devices()),
     }
-    return hashlib.sha256(repr(facts).encode()).hexdigest()
+    return hashlib.sha256(repr(told).encode()).hexdigest()
+
+
+def doubt(code: Iterable[str]) -> str | None:
+    """Why what runs may be other code than these files now hold; None: it is not."""
+    if not hasattr(sys.modules["__main__"], "__file__"):
+        return "this Python is used interactively, and may have been told something else than its files hold"
+    changed = (path for path in code if os.stat(path).st_ctime > BEGAN)
+    return next((f"{path} has changed since this process began" for path in changed), None)
+
+
+def files() -> dict[str, str]:
+    """{file: its digest}: this package, and whatever else is loaded that is of no installed library."""
+    found = {*pathlib.Path(__file__).parent.rglob("*.py"), *_loaded_elsewhere()}
+    return {str(path): hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(found) if path.is_file()}
 
 
 def described(value: Any) -> Any:
@@ -77,14 +110,6 @@ def _devices(devices: Iterable[Any]) -> tuple[Any, ...]:
     return tuple((d.id, d.process_index, d.platform, d.device_kind, d.client.platform_version) for d in devices)
 
 
-def _code(config_file: str) -> dict[str, str]:
-    """{file: its digest}: this package, and whatever else was loaded that is of no installed library."""
-    files = {*pathlib.Path(__file__).parent.rglob("*.py"), *_loaded_elsewhere()}
-    if config_file:
-        files.add(pathlib.Path(config_file))
-    return {str(path): hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(files)}
-
-
 def _loaded_elsewhere() -> set[pathlib.Path]:
     """Files of modules that belong neither to Python nor to a library: they may have added to what models are made of.
 
@@ -95,13 +120,15 @@ def _loaded_elsewhere() -> set[pathlib.Path]:
     beside = str(_beside_jaxlib()) + os.sep
     files = {getattr(module, "__file__", None) for module in list(sys.modules.values())}
     own = {file for file in files if isinstance(file, str) and not file.startswith((*installed, beside))}
-    return {path for path in map(pathlib.Path, own) if path.is_file()}
+    return set(map(pathlib.Path, own))
 
 
 def _libraries() -> dict[str, str]:
+    """Versions: of what makes programs, as it is loaded, and of all that is installed."""
     versions = {name: module.__version__ for name, module in LIBRARIES.items()}
-    beside = [path.name for path in _beside_jaxlib().glob("*.dist-info") if path.name.startswith(BESIDE_JAXLIB)]
-    return {"python": platform.python_version(), **versions, "beside": " ".join(sorted(beside))}
+    folders = {_beside_jaxlib(), *map(pathlib.Path, sys.path)}
+    names = {path.name for folder in folders for path in folder.glob("*.dist-info")}
+    return {"python": platform.python_version(), **versions, "installed": " ".join(sorted(names))}
 
 
 def _beside_jaxlib() -> pathlib.Path:

@@ -167,7 +167,7 @@ def check_shared(folder: epath.Path) -> None:
 def code() -> dict[str, str]:
     """{file of this package: its digest, library: its version}."""
     root = pathlib.Path(__file__).parent
-    files = sorted(root.rglob("*.py"))
+    files = sorted(path for path in root.rglob("*.py") if path.is_file())  # an editor may leave links to nowhere
     digests = {str(p.relative_to(root.parent)): hashlib.sha256(p.read_bytes()).hexdigest()[:8] for p in files}
     return {**digests, **{name: importlib.metadata.version(name) for name in LIBRARIES}}
 

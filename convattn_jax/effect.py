@@ -45,6 +45,12 @@ def check_source(source: str, keys: Collection[str]) -> None:
             )
 
 
+def check_tokenizer(model: str, keys: Collection[str]) -> None:
+    """Raises a `UserError` where a size is given beside a tokenizer, which has one."""
+    if model and "tokenizer.vocab_size" in keys:
+        raise UserError(f"tokenizer.vocab_size has no effect beside tokenizer.model={model}: leave one of the two out")
+
+
 def _has_no_radius(config: ModelConfig) -> bool:
     """Whether no parameter has another shape at another radius."""
     one_layer = dataclasses.replace(config, layers=1, loop="unroll")

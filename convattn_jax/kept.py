@@ -36,17 +36,17 @@ BY_VERSION = tuple(map(export.DisabledSafetyCheck.custom_call, ("__gpu$xla.gpu.t
 
 class _Place(NamedTuple):
     folder: pathlib.Path
-    config_file: str
+    facts: tuple[str, ...]  # that are in no argument
 
 
 _place: _Place | None = None
 _readers = concurrent.futures.ThreadPoolExecutor(1, "read-program")
 
 
-def use(folder: pathlib.Path | None, config_file: str = "") -> None:
+def use(folder: pathlib.Path | None, config_file: str = "", size: str = "") -> None:
     """Has programs made from now on looked up, and kept, in a part of `folder`; None: nowhere.
 
-    `config_file` is the Python file that made the configuration.
+    `config_file` is the Python file that made the configuration, of this `size`: it may have changed what code means.
     """
     global _place
     _place = None
@@ -54,7 +54,8 @@ def use(folder: pathlib.Path | None, config_file: str = "") -> None:
         inside = folder / FOLDER
         try:
             inside.mkdir(exist_ok=True)
-            _place = _Place(inside, config_file)
+            text = pathlib.Path(config_file).read_bytes() if config_file else b""
+            _place = _Place(inside, (hashlib.sha256(text).hexdigest(), size))
         except OSError as error:
             log.warning("traced programs are not kept: %s: %s", inside, error.strerror)
 
@@ -94,7 +95,8 @@ class Traceable:
 class Kept(Generic[T]):
     """`made`, which is `make(*arguments)`, and its programs for `mesh`, by name.
 
-    Several processes, and devices of other kinds than `PLATFORMS`, keep nothing: each program is traced.
+    Several processes, devices of other kinds than `PLATFORMS`, and code that may not be what its files hold, keep
+    nothing: each program is traced.
     """
 
     def __init__(self, make: Callable[..., T], *arguments: Any, mesh: Mesh):
@@ -105,8 +107,18 @@ class Kept(Generic[T]):
         self._compiling: dict[str, concurrent.futures.Future[jax.stages.Compiled]] = {}
         self._path: pathlib.Path | None = None
         if _place and jax.process_count() == 1 and jax.default_backend() in PLATFORMS:
-            name = determinants.digest((f"{make.__module__}.{make.__qualname__}", arguments), _place.config_file)
-            self._path = _place.folder / name
+            self._path = self._found_out(_place, f"{make.__module__}.{make.__qualname__}", arguments)
+
+    def _found_out(self, place: _Place, maker: str, arguments: tuple[Any, ...]) -> pathlib.Path | None:
+        try:
+            self._files = determinants.files()
+            doubt = determinants.doubt(self._files)
+        except OSError as error:  # a file went away in this very moment
+            doubt = _line(error)
+        if doubt:
+            log.info("traced programs are not kept: %s", doubt)
+            return None
+        return place.folder / determinants.digest((maker, arguments), self._files, *place.facts)
 
     def ahead(self, name: str) -> None:
         """Begins to compile, in another thread, a program that will be wanted and is kept."""
@@ -159,6 +171,8 @@ class Kept(Generic[T]):
         try:
             with _said() as said:
                 exported = traceable.export()
+            if new := determinants.files().keys() - self._files.keys():
+                raise ValueError(f"it loaded {min(new)}, which is not in its name")
             facts = {"said": said, "donate": traceable.donate, "options": traceable.options}
             data = json.dumps(facts).encode() + b"\n" + exported.serialize()
             write_atomically(path, _seal(path, data) + data)

@@ -49,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             from convattn_jax import compiled, distributed, kept
 
             listener.loading = False
-            kept.use(compiled.keep(command.compile_cache), command.file)
+            kept.use(compiled.keep(command.compile_cache), command.file, command.size)
             watchdog: Any = command.config.get("watchdog") or {"killed_seconds": 100}  # fine-tuning is one process
             distributed.start(command.cluster, watchdog["killed_seconds"])
             distributed.check_devices()
@@ -75,13 +75,14 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def _check_effect(command: Command) -> None:
-    from convattn_jax.effect import check_effect, check_source
+    from convattn_jax.effect import check_effect, check_source, check_tokenizer
     from convattn_jax.model.config import ModelConfig
     from convattn_jax.run import RunFolder
 
     if RunFolder(command.workdir).read("config") is None:  # what has begun goes on as it began
         config: Any = command.config
         check_source(config.data.source, command.given)
+        check_tokenizer(config.tokenizer.model, command.given)
         check_effect(from_config(ModelConfig, config.model, "model."), command.given)
 
 

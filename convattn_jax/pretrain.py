@@ -41,6 +41,8 @@ from convattn_jax.taps import Kernel
 from convattn_jax.train import TrainState
 from convattn_jax.watchdog import Alive, watched
 
+SHOWN = {"eval_loss", "eval_perplexity", "eval_accuracy", "unigram_loss", "parameters"}  # of a summary, at the end
+
 
 def run(config: ml_collections.ConfigDict, workdir: str, console: Console | None = None) -> dict[str, Any]:
     """Trains, or goes on training, or checks what is finished; returns the summary, or what a dry run found."""
@@ -82,6 +84,8 @@ def run(config: ml_collections.ConfigDict, workdir: str, console: Console | None
         with distributed.together():
             if first:
                 stack.enter_context(folder.lock())
+                changes = folder.check_belongs(to_plain(c))  # once more: another may have begun it in the meantime
+                _check_rows(folder, prepared)
             if first and folder.read("config") is None:
                 prepared.tokenizer.save(str(folder.path))
                 folder.write("data", {"fingerprint": prepared.fingerprint, "tokenizer": prepared.tokenizer.digest})
@@ -108,19 +112,25 @@ def find_rows(c: PretrainConfig, folder: RunFolder, console: Console) -> Prepare
     if started_with is not None:
         tokenizer = Tokenizer.load(str(folder.path))
         check(
-            tokenizer.digest == started_with["tokenizer"],
+            tokenizer.digest == started_with.get("tokenizer"),
             f"{folder.path}/tokenizer.model is not the tokenizer of this run: restore it, or choose another --workdir",
         )
-        rows = reopen(c.data.cache_dir, started_with["fingerprint"], tokenizer, console.report)
+        rows = reopen(c.data.cache_dir, str(started_with.get("fingerprint")), tokenizer, console.report)
         if rows is not None:
             return rows
     prepared = prepare(c.data, c.tokenizer, c.train.batch_size, console.report)
+    _check_rows(folder, prepared)
+    return prepared
+
+
+def _check_rows(folder: RunFolder, prepared: Prepared) -> None:
+    """Raises a `UserError` if a run was started in the folder with other rows."""
+    started_with = folder.started_with()
     check(
-        started_with is None or started_with["fingerprint"] == prepared.fingerprint,
+        started_with is None or started_with.get("fingerprint") == prepared.fingerprint,
         f"data: the text or its tokenizer has changed since {folder.path} was started: restore it, or choose another "
         "--workdir",
     )
-    return prepared
 
 
 class _Run:
@@ -156,7 +166,7 @@ class _Run:
                 step <= steps, f"train.steps={steps} lies before step {step}, where {self.folder.path} stands: raise it"
             )
             seconds, summary = distributed.from_first(functools.partial(self._logged, step, further))
-            if step == steps and summary is not None:
+            if step == steps and summary is not None and summary.get("step") == step and summary.keys() >= SHOWN:
                 self.console.message(f"finished: checkpoint {steps} and its files are whole; nothing left to do")
                 self._show(summary)
                 return summary
@@ -179,12 +189,17 @@ class _Run:
         Then it ends with the last row up to a checkpoint's step, from which the checkpoint is `further` steps away.
         """
         before = self.folder.rows()
-        rows = self.folder.keep_rows(step)
+        rows = [row for row in before if row["step"] <= step]
         check(
-            (int(rows[-1]["step"]) if rows else 0) + further == step,
+            (int(rows[-1]["step"]) if rows else 0) + further == step and all("seconds" in row for row in before),
             f"{self.folder.metrics} has lost the rows up to step {step}, where the checkpoint stands: "
             "restore it, or choose another --workdir",
         )
+        check(
+            step < self.c.train.steps or (bool(rows) and rows[-1]["step"] == step and "eval_loss" in rows[-1]),
+            f"train.steps={step} is where {self.folder.path} was stopped, before an evaluation: give it a step more",
+        )
+        self.folder.keep_rows(step)
         seconds = before[-1]["seconds"] if before else 0.0 if step else None
         return seconds, self.folder.read("summary")
 

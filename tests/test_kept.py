@@ -1,7 +1,10 @@
 """Traced programs: a second start doesn't trace its model, to the same bits, or traces as if none were kept."""
 
 import logging
+import math
 import pickle
+import sys
+import types
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +15,7 @@ from jax import export
 from jax.experimental.compilation_cache import compilation_cache
 from jax.sharding import AxisType
 
-from convattn_jax import compiled, kept, main, pretrain, sharding
+from convattn_jax import compiled, determinants, kept, main, pretrain, sharding
 from convattn_jax.config import from_config
 from convattn_jax.kept import Kept, Traceable
 from convattn_jax.kernels.composite import composite_attention
@@ -24,8 +27,10 @@ MESH = jax.make_mesh((1,), ("data",), axis_types=(AxisType.Auto,), devices=jax.d
 
 
 @pytest.fixture
-def place(tmp_path):
-    """A folder where programs are kept; the settings of JAX's own cache are put back."""
+def place(tmp_path, monkeypatch):
+    """A folder where programs are kept, by a process that began as a script; JAX's own settings are put back."""
+    monkeypatch.setattr(sys.modules["__main__"], "__file__", "script.py", raising=False)
+    monkeypatch.setattr(determinants, "BEGAN", math.inf)
     names = ("jax_enable_compilation_cache", "jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
     before = {name: getattr(jax.config, name) for name in names}
     kept.use(tmp_path)
@@ -133,7 +138,9 @@ def test_the_front_door_keeps_programs_and_finds_them(place, traced, tmp_path, m
     assert len(traced) == 3
     assert sum(hits) >= 3, "what was traced once is also compiled once"
     assert kept._place is not None
-    assert kept._place.config_file == str(config)
+    config.write_text(config.read_text() + "\n")
+    assert run("third", str(cache)) == first
+    assert len(traced) == 6, "the file of the configuration may have changed what code means"
     kept.use(compiled.keep(""))
     assert kept._place is None
     jax.monitoring.unregister_event_listener(hear)
@@ -156,6 +163,35 @@ def test_what_was_said_in_tracing_is_said_again(place, traced, caplog):
         assert [(record.name, record.getMessage()) for record in caplog.records] == [
             ("convattn_jax.kernels", "no kernel of 2.0")
         ]
+
+
+class Loads(Line):
+    def of(self, x):
+        sys.modules["loaded_late"] = types.SimpleNamespace(__file__=str(kept._place.folder.parent / "late.py"))
+        return super().of(x)
+
+
+def test_code_that_tracing_loads_is_in_no_name_and_so_nothing_is_kept(place, tmp_path, monkeypatch, caplog):
+    (tmp_path / "late.py").write_text("constant = 1")
+    monkeypatch.setitem(sys.modules, "loaded_late", types.SimpleNamespace())
+    line(2.0, Loads)
+    assert "late.py" in caplog.text
+    assert list(place.iterdir()) == []
+    line(2.0, Loads)
+    assert len(list(place.iterdir())) == 1, "now it is loaded before"
+
+
+@pytest.mark.parametrize("why", ["edited", "gone"])
+def test_doubtful_code_keeps_nothing(place, monkeypatch, why):
+    def gone():
+        raise FileNotFoundError(2, "No such file")
+
+    if why == "edited":
+        monkeypatch.setattr(determinants, "BEGAN", 0)
+    else:
+        monkeypatch.setattr(determinants, "files", gone)
+    assert line() == line()
+    assert list(place.iterdir()) == []
 
 
 def test_a_program_is_compiled_ahead_as_it_would_be(place, traced):

@@ -88,6 +88,11 @@ ERRORS = {
     "small corpus": (["--config.train.batch_size=4096"], "train.batch_size=4096: the train text makes only"),
     "vocabulary": (["--config.tokenizer.vocab_size=5000"], "tokenizer.vocab_size=5000: the corpus supports at most"),
     "tokenizer": (["--config.tokenizer.model=none.model"], "tokenizer.model: none.model cannot be read"),
+    "size of a tokenizer": (
+        ["--config.tokenizer.model=my.model", "--config.tokenizer.vocab_size=64"],
+        "tokenizer.vocab_size has no effect beside tokenizer.model=my.model: leave one of the two out",
+    ),
+    "no home": (["--config.data.cache_dir=~nobody-by-this-name/cache"], "there is no home directory: set HOME"),
     "cache": (["--config.data.cache_dir=file/cache"], "data.cache_dir=file/cache: cannot be written"),
     "run folder": (["--workdir=file/run"], "--workdir=file/run cannot be written"),
     "run folder without permission": (["--workdir=/proc/run"], "--workdir=/proc/run cannot be written"),

@@ -20,7 +20,7 @@ import pytest
 import tiny
 from etils import epath
 
-from convattn_jax import checkpoint, main
+from convattn_jax import checkpoint, main, pretrain
 from convattn_jax.account import KINDS
 from convattn_jax.data import loader
 
@@ -112,9 +112,13 @@ def test_a_finished_run_with_a_damaged_checkpoint_is_finished_again(home, copy, 
     assert_same_run(copy, run)
 
 
-def test_a_run_that_ended_before_its_summary_gets_one(home, copy, run):
+@pytest.mark.parametrize("left", [None, {"step": STEPS - WINDOW, "eval_loss": 9.0}], ids=["none", "a shorter run's"])
+def test_a_run_that_ended_before_its_summary_gets_one(home, copy, run, left):
+    summary = json.loads((copy / "summary.json").read_text())
     for name in ("summary.json", "loss.png", "kernels.png"):
         (copy / name).unlink()
+    if left:
+        (copy / "summary.json").write_text(json.dumps({**summary, **left}))
     start(home, copy)
     assert_same_run(copy, run)
     assert (copy / "kernels.png").exists()
@@ -216,9 +220,44 @@ def test_a_run_that_diverges_says_where_and_goes_on_with_a_lower_rate(home, tmp_
     assert "train.steps=1 lies before step 2" in capsys.readouterr().err
 
 
-def test_rows_that_were_lost_are_missed(home, copy, capsys):
-    (copy / "metrics.jsonl").write_text("")
+@pytest.mark.parametrize(
+    "damage", ["", '{"step": 1, "los\n', '{"step": 12}\n'], ids=["empty", "cut", "a row of nothing"]
+)
+def test_rows_that_were_lost_are_missed(home, copy, capsys, damage):
+    whole = (copy / "metrics.jsonl").read_text()
+    damaged = damage + (whole if damage else "")
+    (copy / "metrics.jsonl").write_text(damaged)
     with pytest.raises(SystemExit) as stopped:
         start(home, copy)
     assert stopped.value.code == 2
     assert f"has lost the rows up to step {STEPS}" in capsys.readouterr().err
+    assert (copy / "metrics.jsonl").read_text() == damaged, "what is to be restored is left as it is"
+
+
+def test_a_run_cannot_end_where_it_was_stopped_unless_it_was_evaluated_there(home, copy, capsys):
+    shutil.rmtree(copy / "checkpoints" / str(STEPS))
+    rows = [json.loads(line) for line in (copy / "metrics.jsonl").read_text().splitlines()]
+    at = STEPS - WINDOW
+    rows = [{key: value for key, value in row.items() if key != "eval_loss"} for row in rows if row["step"] <= at]
+    (copy / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    shorter = [f"--config.train.steps={at}", "--config.resume.allow=train.steps"]
+    with pytest.raises(SystemExit) as stopped:
+        main.main(["main", f"--config={home / 'config.py'}", f"--workdir={copy}", *shorter])
+    assert stopped.value.code == 2
+    assert f"train.steps={at} is where {copy} was stopped, before an evaluation" in capsys.readouterr().err
+
+
+def test_a_folder_that_another_begins_while_text_is_prepared_is_left_to_it(home, run, tmp_path, capsys, monkeypatch):
+    find_rows = pretrain.find_rows
+
+    def meanwhile(*args):
+        found = find_rows(*args)
+        shutil.copytree(run, tmp_path / "run")
+        return found
+
+    monkeypatch.setattr(pretrain, "find_rows", meanwhile)
+    with pytest.raises(SystemExit) as stopped:
+        main.main(["main", f"--config={home / 'config.py'}", f"--workdir={tmp_path / 'run'}", "--config.seed=1"])
+    assert stopped.value.code == 2
+    assert "was made with seed=0, not 1" in capsys.readouterr().err
+    assert sorted(os.listdir(tmp_path / "run")) == sorted(os.listdir(run))

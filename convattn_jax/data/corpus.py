@@ -98,10 +98,19 @@ def digest_of(*values: Any) -> str:
 
 
 def local_folder(cache_dir: str) -> pathlib.Path:
-    """The folder `data.cache_dir`; of one in a bucket, the folder with this host's copies."""
-    if in_a_bucket(cache_dir):
-        return pathlib.Path(COPIES).expanduser() / urllib.parse.quote(cache_dir.rstrip("/"), safe="")
-    return pathlib.Path(cache_dir).expanduser()
+    """The folder `data.cache_dir`; of one in a bucket, the folder with this host's copies.
+
+    Raises:
+      UserError: it lies in a home directory, and there is none.
+    """
+    try:
+        if in_a_bucket(cache_dir):
+            return pathlib.Path(COPIES).expanduser() / urllib.parse.quote(cache_dir.rstrip("/"), safe="")
+        return pathlib.Path(cache_dir).expanduser()
+    except RuntimeError as error:  # a container may know no home
+        raise UserError(
+            f"data.cache_dir={cache_dir}: there is no home directory: set HOME, or name a folder"
+        ) from error
 
 
 def cache_folder(cache_dir: str) -> pathlib.Path:
