@@ -26,7 +26,7 @@ TILES: dict[str, list[tuple[int, int, int, int]]] = {
         (32, 64, 4, 2),
     ],
     "dkv": [(32, 128, 4, 3), (64, 64, 4, 3), (16, 128, 4, 3), (16, 128, 8, 3), (32, 128, 8, 1), (64, 128, 8, 1)],
-    "one pass": [(128, 128, 8, 1), (128, 128, 16, 1)],
+    "one pass": [(128, 128, 8, 1), (16, 128, 4, 3), (16, 128, 4, 2), (32, 128, 4, 2), (16, 128, 8, 3)],
 }
 
 
@@ -86,7 +86,9 @@ def one_pass(problem: Problem, name: str, sizes: tuple[int, int, int, int], rate
     runs = {
         "forward": (lambda *args: forward.forward(spec, *args), (operands,)),
         "dq": by_queries,
-        "one pass": by_queries,
+        "one pass": (lambda *args: backward.pass_by_keys(spec, *args), (operands, saved, x["g"], None))
+        if spec.by_keys
+        else by_queries,
         "dkv": (lambda *args: backward.pass_by_keys(spec, *args), (operands, saved, x["g"], lse)),
     }
     function, args = runs[name]

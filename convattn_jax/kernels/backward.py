@@ -4,10 +4,11 @@
 
 With dropout (a mask M, f = 1 / (1 - rate)) the exponentials give fP: dS = fP * (M dP - delta / f), dv = (M fP)^T dO.
 
-How often the tiles are walked is a matter of the block sizes (`Spec.one_pass`, `Spec.whole_rows`):
+How often the tiles are walked is a matter of the block sizes (`Spec.one_pass`, `Spec.by_keys`, `Spec.whole_rows`):
 
     the pass by queries       delta                  then                       products
     one tile holds all        from P and dP          writes dk and dv too       5
+    none (`Spec.by_keys`)     from P and dP          writes dq too              5
     a tile holds all keys     from P and dP          the pass by keys           7
     several tiles of keys     from the output, dO    the pass by keys           7
 
@@ -22,6 +23,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as plgpu
 
 from convattn_jax.kernels import bands, tile
 from convattn_jax.kernels.forward import (
@@ -54,8 +56,7 @@ class BandOutputs(NamedTuple):
     """The gradient of a band: its slots (read by the program that wrote them only), and the shares of the taps."""
 
     band: Leaf = None
-    taps: Leaf = None  # (B, H, shares, width, C)
-    beta: Leaf = None  # (B, H, shares, C)
+    shares: Leaf = None  # (B, H, shares, width + 1, C), of the taps (where there are any) and in the last row of beta
 
 
 class QkvGradients(NamedTuple):
@@ -73,6 +74,12 @@ class QkvGradients(NamedTuple):
         else:
             tile.store_rows(spec, self.packed, side, value, self._fields.index(name))
 
+    def load(self, spec: Spec, name: str, side: Side) -> Array:
+        """Reads them again."""
+        if self.packed is None:
+            return tile.load_rows(spec, getattr(self, name), side)
+        return tile.load_rows(spec, self.packed, side, self._fields.index(name))
+
 
 class Outputs(NamedTuple):
     """What a pass writes: delta, where another pass follows, the gradients of q, k, v and of its bands."""
@@ -81,27 +88,40 @@ class Outputs(NamedTuple):
     delta: Leaf = None
     query_band: BandOutputs = BandOutputs()
     key_band: BandOutputs = BandOutputs()
+    below: Leaf = None  # (B, H, parts * P) float32: summands of the query band's slot 0
 
 
 def backward(spec: Spec, operands: Operands, saved: Saved, out: Array | None, d_out: Array) -> Gradients:
     """Gradients of everything differentiable."""
-    first = last = pass_by_queries(spec, operands, saved, out, d_out)
+    if spec.by_keys:
+        first = last = pass_by_keys(spec, operands, saved, d_out, None)
+    else:
+        first = last = pass_by_queries(spec, operands, saved, out, d_out)
     if not spec.one_pass:
         last = pass_by_keys(spec, operands, saved, d_out, first.delta, first.qkv.packed)
+    query_taps, beta = _add_shares(first.query_band.shares, operands.query_taps, operands.beta)
+    key_taps, _ = _add_shares(last.key_band.shares, operands.key_taps)
     return Gradients(
         first.qkv.q if last.qkv.packed is None else last.qkv.packed,
         last.qkv.k,
         last.qkv.v,
-        beta=None if operands.beta is None else jnp.sum(first.query_band.beta, axis=(0, 2)),
-        query_taps=_add_shares(first.query_band.taps, operands.query_taps),
-        key_taps=_add_shares(last.key_band.taps, operands.key_taps),
+        beta=beta,
+        query_taps=query_taps,
+        key_taps=key_taps,
     )
 
 
-def _add_shares(shares: Array | None, taps: Array | None) -> Array | None:
-    if taps is None or shares is None:
-        return None
-    return jnp.sum(shares, axis=(0, 2) if taps.shape[0] > 1 else (0, 1, 2)).reshape(taps.shape)
+def _add_shares(shares: Array | None, taps: Array | None, beta: Array | None = None) -> tuple[Leaf, Leaf]:
+    """The gradients of taps and of beta, those there are."""
+    if shares is None:
+        return None, None
+    # Held back: XLA would join later sums with this one, and read the shares for each of them anew.
+    of_heads = jax.lax.optimization_barrier(jnp.sum(shares, axis=(0, 2)))
+    of_beta = None if beta is None else of_heads[:, -1]
+    if taps is None:
+        return None, of_beta
+    of_taps = of_heads[:, : taps.shape[1]]
+    return (of_taps if taps.shape[0] > 1 else jnp.sum(of_taps, axis=0)).reshape(taps.shape), of_beta
 
 
 def _qkv_outputs(spec: Spec, operands: Operands, names: str) -> tuple[QkvGradients, QkvGradients]:
@@ -123,19 +143,15 @@ def _band_outputs(
     if band is None:
         return BandOutputs(), BandOutputs()
     batch, _, heads = q.shape[:3]
-    sizes = BandOutputs(
-        taps=None if taps is None else (shares, spec.width, band.padded),
-        beta=None if beta is None else (shares, band.padded),
-    )
+    rows = (0 if taps is None else spec.width) + (beta is not None)
+    sizes = (shares, rows, band.padded)
     specs = BandOutputs(
         band_spec(spec, band),
-        taps=sizes.taps and pl.BlockSpec((None, None, *sizes.taps), lambda n, h, b: (b, h, 0, 0, 0)),
-        beta=sizes.beta and pl.BlockSpec((None, None, *sizes.beta), lambda n, h, b: (b, h, 0, 0)),
+        pl.BlockSpec((None, None, *sizes), lambda n, h, b: (b, h, 0, 0, 0)),
     )
     shapes = BandOutputs(
         band_shape(spec, band, batch, heads),
-        taps=sizes.taps and tile.shape(batch, heads, *sizes.taps),
-        beta=sizes.beta and tile.shape(batch, heads, *sizes.beta),
+        tile.shape(batch, heads, *sizes),
     )
     return specs, shapes
 
@@ -175,11 +191,6 @@ def _weights(spec: Spec, refs: Operands, saved: Saved, q, k, i: Side, j: Side, z
 
 def _dropped(spec: Spec, refs: Operands, i: Side, j: Side, x: Array) -> Array:
     return x if refs.factors is None else tile.drop(spec, i, j, refs.factors, x)
-
-
-def _finish(spec: Spec, band, x, gradient, ends, owner, visited, outputs: BandOutputs, taps_ref, share):
-    refs = (outputs.band, taps_ref, outputs.taps, outputs.beta)
-    return bands.finish_band(spec, band, x, gradient, ends, owner, visited, refs, share)
 
 
 def _add(a: tuple[Array, Array], b: tuple[Array, Array]) -> tuple[Array, Array]:
@@ -260,7 +271,8 @@ def _query_kernel(spec: Spec, refs: Operands, saved: Saved, out_ref, d_out_ref, 
     dq = dq * spec.content
     if spec.query_band:
         visited = -(-spec.length // size.keys) * size.keys
-        dq = _finish(spec, spec.query_band, q, dq, ends, i, visited, outputs.query_band, refs.query_taps, program)
+        band = bands.Gradient(*outputs.query_band, refs.query_taps, refs.beta is not None)
+        dq = bands.finish_band(spec, spec.query_band, q, dq, ends, i, visited, band, program)
     outputs.qkv.store(spec, "q", i, dq)
 
 
@@ -269,7 +281,8 @@ def _write_dk(spec: Spec, refs: Operands, outputs: Outputs, q, k, d_scores, narr
     dk = tile.dot(spec, narrow, q, (0, 0)) * spec.content if spec.content else jnp.zeros(k.shape, jnp.float32)
     if spec.key_band:
         ends = bands.band_gradient(spec, spec.key_band, outputs.key_band.band, j, i, d_scores, -zone)
-        dk = _finish(spec, spec.key_band, k, dk, ends, j, i.size, outputs.key_band, refs.key_taps, 0)
+        band = bands.Gradient(*outputs.key_band, refs.key_taps)
+        dk = bands.finish_band(spec, spec.key_band, k, dk, ends, j, i.size, band, 0)
     outputs.qkv.store(spec, "k", j, dk)
 
 
@@ -277,18 +290,24 @@ def _write_dk(spec: Spec, refs: Operands, outputs: Outputs, q, k, d_scores, narr
 
 
 def pass_by_keys(
-    spec: Spec, operands: Operands, saved: Saved, d_out: Array, delta: Array, onto: Array | None = None
+    spec: Spec, operands: Operands, saved: Saved, d_out: Array, delta: Array | None, onto: Array | None = None
 ) -> Outputs:
-    """dk and dv; where q, k and v are one array, the pass by queries has written its part into `onto`."""
-    size = spec.blocks.dkv
-    assert size is not None
+    """dk and dv, or all gradients; where q, k and v are one array, a pass by queries has written its part into `onto`.
+
+    All gradients: a program holds all keys of a row and walks over its queries. A run of them has its dq at once, but
+    what flows through their band waits for the end, when all have stored it. So does dq, in its place and its dtype: in
+    bfloat16 it is rounded once more than in two passes, which leaves it closer than the plain form's.
+    """
+    size = spec.blocks.dkv or spec.blocks.dq
     programs = spec.padded // size.keys
     inputs = apart(operands), saved._replace(rest=None), d_out, delta
+    query_band = spec.query_band if spec.by_keys else None
     outputs = (
-        _qkv_outputs(spec, operands, "kv"),
+        _qkv_outputs(spec, operands, "qkv" if spec.by_keys else "kv"),
         (None, None),
-        (BandOutputs(), BandOutputs()),
+        _band_outputs(spec, query_band, operands.query_taps, operands.beta, programs, operands.q),
         _band_outputs(spec, spec.key_band, operands.key_taps, None, programs, operands.q),
+        _below_outputs(spec, operands, size) if query_band else (None, None),
     )
     return _call(
         spec,
@@ -301,7 +320,7 @@ def pass_by_keys(
             operand_specs(spec, operands),
             _saved_specs(spec),
             rows_spec(spec),
-            per_token(spec),
+            None if delta is None else per_token(spec),
             None if onto is None else _packed_spec(spec),
         ],
         outputs,
@@ -309,11 +328,17 @@ def pass_by_keys(
     )
 
 
+def _below_outputs(spec: Spec, operands: Operands, size: tile.Tile):
+    """(spec, shape) of the summands of slot 0."""
+    batch, _, heads = operands.q.shape[:3]
+    parts = bands.parts(size.keys)
+    return per_token(spec, parts), tile.shape(batch, heads, spec.padded * parts)
+
+
 def _key_kernel(spec: Spec, refs: Operands, saved: Saved, d_out_ref, delta_ref, onto_ref, *output_refs):
     del onto_ref  # the same memory as the gradient's
     outputs = Outputs(*output_refs)
-    size, program = spec.blocks.dkv, pl.program_id(0)
-    assert size is not None
+    size, program = spec.blocks.dkv or spec.blocks.dq, 0 if spec.by_keys else pl.program_id(0)
     j = Side(program * size.keys, size.keys, 0)  # keys down: P^T and dS^T feed their products from registers
     k, v = tile.load_rows(spec, refs.k, j), tile.load_rows(spec, refs.v, j)
 
@@ -321,26 +346,56 @@ def _key_kernel(spec: Spec, refs: Operands, saved: Saved, d_out_ref, delta_ref, 
         dk, dv, ends = carry
         i = Side(start, size.queries, 1)
         q, d_out = tile.load_rows(spec, refs.q, i), tile.load_rows(spec, d_out_ref, i)
-        delta = delta_ref[pl.ds(i.start, i.size)]
         weights = _weights(spec, refs, saved, q, k, i, j, -zone, None)
         d_weights = tile.dot(spec, v, d_out, (1, 1))
         dropped = _dropped(spec, refs, i, j, weights)
-        if refs.factors is None:
+        shares = dropped * d_weights
+        delta = i.total(shares) if delta_ref is None else delta_ref[pl.ds(i.start, i.size)]
+        if delta_ref is None:
+            d_scores = tile.fma(spec, weights, i.spread(delta * (spec.rate - 1)), shares)
+        elif refs.factors is None:
             d_scores = weights * (d_weights - i.spread(delta))
         else:  # the same with zeros taken from `dropped` instead of another draw
             d_scores = tile.fma(spec, dropped, d_weights, weights * i.spread(delta * (spec.rate - 1)))
         dv += tile.dot(spec, dropped.astype(d_out.dtype), d_out)
+        narrow = d_scores.astype(q.dtype)
         if spec.content:
-            dk += tile.dot(spec, d_scores.astype(q.dtype), q)
+            dk += tile.dot(spec, narrow, q)
         if spec.key_band:
             ends = _add(ends, bands.band_gradient(spec, spec.key_band, outputs.key_band.band, j, i, d_scores, zone))
+        if spec.by_keys:
+            dq = tile.dot(spec, k, narrow, (0, 0)).T * spec.content if spec.content else jnp.zeros_like(q)
+            outputs.qkv.store(spec, "q", i, dq)
+            if spec.query_band:
+                bands.scatter(spec, spec.query_band, outputs.query_band.band, outputs.below, i, j, d_scores)
         return dk, dv, ends
 
     zeros, none = jnp.zeros(k.shape, jnp.float32), jnp.zeros((j.size,), jnp.float32)
     dk, dv, ends = tile.walk(spec, j, size.queries, body, (zeros, zeros, (none, none)))
+    outputs.qkv.store(spec, "v", j, dv)
     dk = dk * spec.content
     if spec.key_band:
         visited = -(-spec.length // size.queries) * size.queries
-        dk = _finish(spec, spec.key_band, k, dk, ends, j, visited, outputs.key_band, refs.key_taps, program)
+        band = bands.Gradient(*outputs.key_band, refs.key_taps)
+        dk = bands.finish_band(spec, spec.key_band, k, dk, ends, j, visited, band, program)
+    if spec.by_keys and spec.query_band:
+        _finish_queries(spec, refs, outputs, size)
     outputs.qkv.store(spec, "k", j, dk)
-    outputs.qkv.store(spec, "v", j, dv)
+
+
+def _finish_queries(spec: Spec, refs: Operands, outputs: Outputs, size: tile.Tile) -> None:
+    """Adds to dq what flows through the band of the queries, where the pass by keys is all of backward."""
+    band = spec.query_band
+    assert band is not None
+    tile.barrier(spec)
+    i = Side(0, spec.padded, 0)
+    walked = -(-spec.length // size.queries) * size.queries
+    dq = outputs.qkv.load(spec, "q", i).astype(jnp.float32)
+    below = jnp.zeros((i.size,), jnp.float32)
+    for part in range(bands.parts(size.keys)):
+        below += plgpu.load(outputs.below.at[part * spec.padded + i.ids], mask=i.ids < walked, other=0.0)
+    complete = walked >= spec.padded and bands.folds(band, size.queries, size.keys)
+    gradient = bands.Gradient(*outputs.query_band, refs.query_taps, refs.beta is not None, walked, complete)
+    q = tile.load_rows(spec, refs.q, i)
+    dq = bands.finish_band(spec, band, q, dq, (below, below), i, size.keys, gradient, 0)
+    outputs.qkv.store(spec, "q", i, dq)

@@ -10,8 +10,10 @@ The owner is the query for taps at c(j-i), the key for taps at c(i-j). Everythin
 """
 
 import dataclasses
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
+import numpy as np
 from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
@@ -140,6 +142,48 @@ def band_gradient(
     return below, owner.total(jnp.where(other.grid >= grid + band.radius, gradient, 0.0))
 
 
+def _folded(band: Band, owners: int, others: int) -> int:
+    return min(max(64, power_of_two(owners + 2 * band.radius - 2)), others)
+
+
+def folds(band: Band, owners: int, others: int) -> bool:
+    """Whether `scatter` folds its tile, and so writes every slot of its owners but slot 0."""
+    return _folded(band, owners, others) < others
+
+
+def parts(keys: int) -> int:
+    """Summands that a query's slot 0 comes in: one of each of four warps, so that none waits for another."""
+    return min(4, keys // 16)
+
+
+def scatter(spec: Spec, band: Band, ref, below_ref, owner: Side, other: Side, gradient: Array) -> None:
+    """Stores a tile's elements on the band, and its sums below as some summands; it holds every position of others.
+
+    At most owner.size + 2n - 2 neighbouring positions are on the band of any owner, so the tile is folded to as many
+    rows: fewer elements to compare and to bring into the order of memory.
+    """
+    owner = again(spec, owner)
+    below = jnp.where(other.grid <= owner.grid - band.radius, gradient, 0.0)
+    summands = parts(other.size)
+    below = below.reshape(other.size // 16 // summands, summands, 16, owner.size)  # of a thread, by warps, of a warp
+    below = jnp.sum(jnp.sum(below, axis=0), axis=1)
+    first = lax.broadcasted_iota(jnp.int32, below.shape, 0) * (below_ref.shape[0] // summands)
+    plgpu.store(below_ref.at[first + owner.ids[None, :]], below)
+
+    strip, position = gradient, other.ids
+    width = _folded(band, owner.size, other.size)
+    if width < other.size:
+        first = owner.start - (band.radius - 1)
+        near = (other.ids - first).astype(jnp.uint32) < owner.size + 2 * band.radius - 2
+        strip = jnp.where(near[:, None], gradient, 0.0).reshape(other.size // width, width, owner.size)
+        strip, position = jnp.sum(strip, axis=0), first + ((lax.iota(jnp.int32, width) - first) & (width - 1))
+    position = position[:, None]
+    inside = (position - owner.grid + (band.radius - 1)).astype(jnp.uint32) < 2 * band.radius - 1
+    index = owner.grid * (band.slots - 1) + band.radius + position
+    index = jnp.where(inside, index, ref.shape[0]) if spec.interpret else index  # it scatters masked ones too
+    plgpu.store(ref.at[index], strip, mask=inside)
+
+
 def project_band(spec: Spec, band: Band, x: Array, taps_ref, beta_ref, ref, owner: Side) -> None:
     """Writes the slots of every owner: (x . taps + beta) / log 2."""
 
@@ -169,6 +213,17 @@ def _over_chunks(band: Band, body, carry):
     return body(0, carry) if chunks == 1 else lax.fori_loop(0, chunks, body, carry)
 
 
+class Gradient(NamedTuple):
+    """What a kernel has of a band's gradient, and of its taps."""
+
+    band: Any  # the slots as `band_gradient` or `scatter` left them
+    shares: Any
+    taps: Any = None
+    has_beta: bool = False  # whether beta has its row of the shares, the last one
+    walked: int | None = None  # slots of owners from this one on were never written
+    complete: bool = False  # all slots but slot 0 were
+
+
 def finish_band(
     spec: Spec,
     band: Band,
@@ -177,15 +232,13 @@ def finish_band(
     ends: tuple[Array, Array],
     owner: Side,
     visited: int,
-    refs,
+    refs: Gradient,
     share: Array | int,
 ) -> Array:
     """Adds to x's gradient what flows through its band, and writes share number `share` of the taps' gradients.
 
-    `refs`: the band's gradient as `band_gradient` left it, taps, and the shares (of taps, of beta; each may be None).
-    Slots whose partner lies outside [0, visited) were never written, and are never read.
+    Slots that were never written are never read, as are those whose partner lies outside [0, visited).
     """
-    band_ref, taps_ref, taps_share_ref, beta_share_ref = refs
     barrier(spec)
 
     def chunk(step, gradient):
@@ -194,17 +247,23 @@ def finish_band(
         number = index - owner.ids[:, None] * band.slots
         partner = owner.ids[:, None] + number - band.radius
         written = (number > 0) & (number < 2 * band.radius) & (partner >= 0) & (partner < visited)
-        values = plgpu.load(band_ref.at[index], mask=written, other=0.0)
+        if refs.walked is not None:
+            written &= owner.ids[:, None] < refs.walked
+        if refs.complete and band.slots == band.padded:  # nothing to ask for: slot 0 is taken from `ends`
+            values = plgpu.load(refs.band.at[index])
+        else:
+            values = plgpu.load(refs.band.at[index], mask=written, other=0.0)
         values = jnp.where(number == 0, ends[0][:, None], values)
         if band.above:
             values = jnp.where(number == 2 * band.radius, ends[1][:, None], values)
         columns = pl.ds(first, band.chunk)
-        if beta_share_ref is not None:
-            beta_share_ref[share, columns] = jnp.sum(values, axis=0)
-        if taps_ref is not None:
-            taps = taps_ref[pl.ds(0, spec.width), columns]
-            gradient += wide_dot(spec, values, taps, (1, 1), narrow=x.dtype != jnp.float32)
-            taps_share_ref[share, pl.ds(0, spec.width), columns] = tap_dot(spec, x, values, (0, 0))
+        if refs.has_beta:
+            row = np.int32(0 if refs.taps is None else spec.width)
+            refs.shares[share, row, columns] = jnp.sum(values, axis=0)
+        if refs.taps is not None:
+            taps = refs.taps[pl.ds(0, spec.width), columns]
+            gradient = wide_dot(spec, gradient, values, taps, (1, 1), narrow=x.dtype != jnp.float32)
+            refs.shares[share, pl.ds(0, spec.width), columns] = tap_dot(spec, x, values, (0, 0))
         return gradient
 
     return _over_chunks(band, chunk, gradient)

@@ -67,6 +67,11 @@ class Spec:
         return self.blocks.dkv is None
 
     @property
+    def by_keys(self) -> bool:
+        """Whether that tile holds all keys and some queries, of which it takes one run after the other."""
+        return self.one_pass and self.blocks.dq.queries < self.length
+
+    @property
     def whole_rows(self) -> bool:
         """Whether a tile of the pass by queries holds all keys, and so computes delta from P and dP themselves."""
         return self.blocks.dq.keys >= self.length
@@ -119,9 +124,10 @@ def _present(spec: Spec, side: Side) -> Array | None:
     return rows & columns
 
 
-def load_rows(spec: Spec, ref, side: Side) -> Array:
+def load_rows(spec: Spec, ref, side: Side, part: int | None = None) -> Array:
     """The rows of a side, zeros beyond the end."""
-    rows = ref.at[pl.ds(side.start, side.size), pl.ds(0, spec.width)]
+    tokens, channels = pl.ds(side.start, side.size), pl.ds(0, spec.width)
+    rows = ref.at[tokens, channels] if part is None else ref.at[tokens, np.int32(part), channels]
     present = _present(spec, side)
     return rows[...] if present is None else plgpu.load(rows, mask=present, other=0)
 
@@ -159,12 +165,12 @@ def tap_dot(spec: Spec, x: Array, taps: Array, contract: tuple[int, int] = (1, 0
     return dot(spec, x, low, contract) + dot(spec, x, high, contract)
 
 
-def wide_dot(spec: Spec, a: Array, b: Array, contract: tuple[int, int], narrow: bool) -> Array:
-    """A product of two float32 arrays; `narrow` does it by three bfloat16 products, to 2**-16."""
+def wide_dot(spec: Spec, onto: Array, a: Array, b: Array, contract: tuple[int, int], narrow: bool) -> Array:
+    """`onto` and a product of two float32 arrays; `narrow` does it by three bfloat16 products, to 2**-16."""
     if not narrow:
-        return dot(spec, a, b, contract)
+        return onto + dot(spec, a, b, contract)
     (a, a_low), (b, b_low) = _split(a), _split(b)
-    return dot(spec, a_low, b, contract) + dot(spec, a, b_low, contract) + dot(spec, a, b, contract)
+    return ((onto + dot(spec, a_low, b, contract)) + dot(spec, a, b_low, contract)) + dot(spec, a, b, contract)
 
 
 # --- arithmetic that the compiler would not fuse ---------------------------------------------------------------------
