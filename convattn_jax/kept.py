@@ -27,7 +27,7 @@ log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-PLATFORMS = ("cpu",)  # where it was tried
+PLATFORMS = ("cpu", "gpu")  # where it was tried
 FOLDER = "traced"  # of the folder of compiled programs, with which it is pruned
 SEAL = 32  # bytes
 # calls that JAX would keep back, since they may mean something else in its next version: which is part of the name

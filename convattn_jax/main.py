@@ -53,6 +53,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             watchdog: Any = command.config.get("watchdog") or {"killed_seconds": 100}  # fine-tuning is one process
             distributed.start(command.cluster, watchdog["killed_seconds"])
             distributed.check_devices()
+            distributed.reserve_memory()
             with bucket.explained("--workdir", command.workdir):
                 if task == "pretrain":
                     _check_effect(command)

@@ -2,7 +2,9 @@
 
 import json
 import shutil
+import threading
 
+import jax
 import numpy as np
 import pytest
 import tiny
@@ -232,6 +234,32 @@ def test_a_device_that_is_not_there_is_one_line(monkeypatch, reason):
     said = r"^JAX_PLATFORMS=cuda: JAX finds no such device \(.{9,}\): install .*, or unset"
     with pytest.raises(UserError, match=said):
         distributed.check_devices()
+
+
+def _reserved(monkeypatch, put=jax.device_put):
+    """What was put where, and what its thread raised, of a process with GPUs (here CPUs that are called so)."""
+    placed, errors = [], []
+    monkeypatch.setattr(distributed.jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(distributed.jax, "device_put", lambda *args: placed.extend(put(*args)))
+    monkeypatch.setattr(threading, "excepthook", errors.append)
+    distributed.reserve_memory()
+    for thread in threading.enumerate():
+        if thread.name == "reserve-memory":
+            thread.join()
+    return placed, errors
+
+
+def test_every_gpu_of_a_process_reserves_its_memory_while_the_host_has_other_work(monkeypatch):
+    placed, errors = _reserved(monkeypatch)
+    assert [array.device for array in placed] == jax.local_devices()
+    assert errors == []
+
+
+def test_a_gpu_without_free_memory_is_left_to_the_run_to_explain(monkeypatch):
+    def full(*_):
+        raise RuntimeError("RESOURCE_EXHAUSTED")
+
+    assert _reserved(monkeypatch, full) == ([], [])
 
 
 def test_a_process_alone_joins_nobody(monkeypatch):
