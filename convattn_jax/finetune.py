@@ -72,7 +72,7 @@ def run(config: ml_collections.ConfigDict, workdir: str, console: Console | None
     }
     with bucket.explained("--workdir", folder.path):
         check_start(folder, c.init_from, pretrained.step)
-        folder.check_belongs(settings)
+        folder.check_belongs(settings | _if_moved(folder, c.init_from))
         folder.check_writable()
     text = from_config(DataConfig, pretrained.config["data"], "data.")
     data = {task.name: load_data(task, c.glue, pretrained.tokenizer, text) for task in tasks}  # before anything trains
@@ -115,6 +115,14 @@ def check_settings(folder: RunFolder, c: FinetuneConfig) -> None:
     if stored is not None:
         start = {key: stored[key] for key in ("init_from", "model", "tokenizer", "init_step") if key in stored}
         folder.check_belongs(settings_of(c) | start)
+
+
+def _if_moved(folder: RunFolder, now: str) -> dict[str, Any]:
+    """The place of the run that the folder was made from, if it is what lies at `now`: moved or copied with it."""
+    before = str((folder.read("config") or {}).get("init_from", now))
+    same_name = epath.Path(before).name == epath.Path(now).name
+    there, here = RunFolder(before).read("config"), RunFolder(now).read("config")
+    return {"init_from": before} if same_name and there in (None, here) else {}
 
 
 def out_of_memory(c: GlueConfig) -> str:

@@ -555,6 +555,21 @@ def test_a_folder_is_of_one_start_and_one_recipe(home, copy, capsys):
     assert said in capsys.readouterr().err
 
 
+def test_results_may_move_together_with_their_run_and_belong_to_no_other(home, copy, tmp_path, no_training, capsys):
+    def go_on(place, **changes):
+        run = shutil.copytree(home / "run", tmp_path / place / "run")
+        config = json.loads((run / "config.json").read_text())
+        (run / "config.json").write_text(json.dumps(config | changes))
+        main.main(["main", CONFIG, f"--config.init_from={run}", *PROBE, f"--workdir={copy}"])
+        return str(run)
+
+    moved = go_on("moved")
+    assert json.loads((copy / "config.json").read_text())["init_from"] == moved
+    with pytest.raises(SystemExit):
+        go_on("other", seed=5)
+    assert f"was made with init_from={moved}, not " in capsys.readouterr().err
+
+
 def test_a_start_that_has_not_ended_is_told_of(home, tmp_path, no_training, capsys):
     run = shutil.copytree(home / "run", tmp_path / "run")
     model = inference.load_run(run)

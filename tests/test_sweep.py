@@ -137,8 +137,10 @@ def test_an_invalid_entry_is_refused_by_name_and_nothing_is_left(config, tmp_pat
 def test_a_fine_tuning_that_cannot_work_is_refused_before_pre_training(config, tmp_path):
     glue = str(ROOT / "configs" / "glue.py")
     tasks = {"glue.tasks": ("rte",), "glue.data_dir": str(tmp_path)}
+    (tmp_path / "RTE").mkdir()
     for changes, rows, said in (
-        (tasks, {}, "has no folder RTE"),
+        ({**tasks, "glue.data_dir": str(tmp_path / "RTE")}, {}, "has no folder RTE"),
+        (tasks, {}, "train.tsv is missing; rte needs it"),
         ({"glue.tasks": ("distanse",)}, {}, "glue.tasks='distanse' is unknown"),
         ({}, {"model.positions": "absolute"}, "set glue.length=32"),
     ):
@@ -188,6 +190,11 @@ def test_fine_tunings_with_other_settings_are_refused_at_once(config, tmp_path):
         (Options(config={"seed": "3"}), "--config.seed: a sweep sets this itself"),
         (Options(config={"model.radius": "3"}), "--config.model.radius is what the variants of this sweep differ in"),
         (Options(finetune={"init_from": "x"}), "--finetune.init_from: a sweep sets this itself"),
+        (Options(finetune={"glue.seeds": "2"}), "--finetune.glue.seeds: this sweep has no fine-tunings: leave it out"),
+        (
+            Options(config={"model.value.radius": "3"}),
+            "--config.model.value.radius has no effect on v0, v1: leave it out, or choose model.value.kind=",
+        ),
     ],
 )
 def test_the_command_line_cannot_undo_the_comparison(config, tmp_path, options, said):
@@ -206,6 +213,8 @@ def test_a_sweep_names_its_rows_once_and_a_baseline_among_them():
             {"variants": (row,), "baseline": "a", "finetunings": (Finetuning("pretrain", ""),)},
             "pretrain stands there twice",
         ),
+        ({"variants": (row,), "lengths": (0,)}, r"lengths=\(0,\) must be whole numbers from 1 on"),
+        ({"variants": (row,), "seeds": (0, 0)}, r"seeds=\(0, 0\) names a number twice"),
     ):
         with pytest.raises(UserError, match=said):
             Sweep(**given)
@@ -325,6 +334,19 @@ def test_pre_training_is_done_again_where_a_later_stage_misses_its_checkpoint(pr
     (work / "a" / "checkpoints" / "3").rmdir()
     assert [stage.name for stage in pretend("a", "one").open_stages()] == []
     assert [stage.name for stage in pretend("a", "one", "two").open_stages()] == ["one", "two"]
+    (work / "a" / "checkpoints" / "1").mkdir()  # where it was stopped when it was done again
+    assert [stage.name for stage in pretend("a", "one", "two").open_stages()] == ["one", "two"]
+    assert run([pretend("a", "one", "two")], work) == []
+    assert (work / "calls").read_text().split() == ["a", "one", "a", "one", "a", "two"]
+
+
+def test_a_failure_that_was_mended_by_hand_is_none_any_more(pretend, tmp_path):
+    work = tmp_path / "work"
+    assert run([pretend("a", "fail")], work) == ["a"]
+    (work / "a").mkdir()
+    (work / "a" / "fail").touch()
+    assert run([pretend("a", "fail")], work) == []
+    assert status(work, "a")["state"] == "done"
 
 
 def test_a_stage_that_was_interrupted_ends_the_sweep(pretend, tmp_path, file, monkeypatch, capsys):
@@ -431,9 +453,15 @@ def test_shards_share_the_jobs_and_one_plan(file, tmp_path, monkeypatch, capsys)
 
 
 @pytest.mark.parametrize(
-    ("given", "said"), [("seeds=1", "seeds=1 must be a tuple, with a comma"), ("seeds=[1, 2]", "seeds must be a tuple")]
+    ("given", "said"),
+    [
+        ("seeds=1", "seeds=1 must be a tuple, with a comma"),
+        ("seeds=[1, 2]", "seeds must be a tuple"),
+        ("lengths=('x',)", "lengths=('x',) must be whole numbers from 1 on"),
+        ("changes=3", "changes=3 must name keys with their values"),
+    ],
 )
-def test_a_forgotten_comma_is_one_line(given, said, tmp_path):
+def test_what_a_sweep_file_says_wrongly_is_one_line(given, said, tmp_path):
     path = tmp_path / "pair.py"
     path.write_text(
         "from convattn_jax.sweep import Sweep, Variant\n"
@@ -465,6 +493,8 @@ def test_a_part_without_runs_says_so(file, tmp_path, capsys):
         ("--steps=3", "--steps=3 is no option"),
         ("--config.train.steps", "--config.train.steps has no value"),
         ("--sweep=configs/sweeps/nothing.py", "no such file; there are: configs/sweeps/"),
+        ("--only=,", "--only= is no variant of this sweep; there are: "),
+        ("--workdir=README.md/w", "--workdir=README.md/w cannot be written: "),
     ],
 )
 def test_what_is_typed_wrong_is_one_line(file, arg, said, capsys, monkeypatch):
@@ -475,13 +505,14 @@ def test_what_is_typed_wrong_is_one_line(file, arg, said, capsys, monkeypatch):
 
 @pytest.mark.parametrize("name", PROVIDED)
 def test_a_provided_sweep_is_valid_at_every_size(name, tmp_path):
-    given = {"glue.data_dir": str(tmp_path)}
     for folder in ("CoLA", "SST-2", "MRPC", "STS-B", "RTE", "WNLI"):
         (tmp_path / folder).mkdir()
+        (tmp_path / folder / "train.tsv").touch()
     tiny.write_corpus(tmp_path / "text.txt")
     for size in ("tiny", "small", "large"):
         sweep = run_file("sweep", f"{ROOT / 'configs' / 'sweeps' / name}.py:{size}", Sweep)
         text = {"data.source": "text", "data.files": str(tmp_path / "text.txt")}
+        given = {"glue.data_dir": str(tmp_path)} if sweep.finetunings else {}
         assert plan.jobs(sweep, tmp_path / "w", Options(config=text, finetune=given))
 
 

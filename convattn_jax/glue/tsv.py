@@ -27,23 +27,27 @@ def load_tsv(folder: str | epath.PathLike, task: Task) -> dict[str, Split]:
     Raises:
       UserError: no folder or training file; a file that is empty, cut off or damaged, with the line.
     """
-    home = find_home(folder, task)
+    home = check_there(folder, task)
     if home is None:
         return {}
     if has_msr_files(home, task):
         return _load_msr(home, task)
-    splits = {}
-    for name in split_names(task):
-        stem = "diagnostic" if task.name == "ax" else name.replace("validation", "dev")
-        paths = [home / f"{stem}.tsv", home / f"{stem}_subset.tsv"]
-        path = next((path for path in paths if path.exists()), None)
-        if path is not None:
-            splits[name] = _read(path, task, name)
-        elif name == "train":
-            raise UserError(
-                f"glue.data_dir={folder}: {paths[0]} is missing; {task.name} needs it, get GLUE's files anew"
-            )
-    return splits
+    paths = {name: _find(home, task, name) for name in split_names(task)}
+    return {name: _read(path, task, name) for name, path in paths.items() if path is not None}
+
+
+def check_there(folder: str | epath.PathLike, task: Task) -> epath.Path | None:
+    """The folder of a task's files, with its training file in it; None where there is none and none is needed."""
+    home = find_home(folder, task)
+    if home is not None and "train" in split_names(task) and not has_msr_files(home, task):
+        needed = f"{home / 'train.tsv'} is missing; {task.name} needs it, get GLUE's files anew"
+        check(_find(home, task, "train") is not None, f"glue.data_dir={folder}: {needed}")
+    return home
+
+
+def _find(home: epath.Path, task: Task, split: str) -> epath.Path | None:
+    stem = "diagnostic" if task.name == "ax" else split.replace("validation", "dev")
+    return next((path for name in (stem, f"{stem}_subset") if (path := home / f"{name}.tsv").exists()), None)
 
 
 def find_home(folder: str | epath.PathLike, task: Task) -> epath.Path | None:

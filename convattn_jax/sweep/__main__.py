@@ -47,13 +47,15 @@ def _run(args: argparse.Namespace, config: dict[str, str], finetune: dict[str, s
     check(at_once.isdecimal() and int(at_once) > 0, f"--at_once={at_once} must be a whole number of runs, such as 4")
     seeds = _numbers(args.seeds)
 
+    from convattn_jax.run import RunFolder
     from convattn_jax.sweep import plan, runner  # and jax, now that the command line is known to be good
     from convattn_jax.sweep.board import Board
 
-    only = tuple(name for name in args.only.split(",") if name)
+    only = tuple(args.only.split(",")) if args.only else ()
     stem = pathlib.Path(args.sweep.partition(":")[0]).stem
     workdir = pathlib.Path(args.workdir or f"sweeps/{stem}")
     jobs = plan.jobs(sweep, workdir, plan.Options(only, seeds, config, finetune))
+    RunFolder(workdir).check_writable()
     mine = jobs[part - 1 :: parts]
     if not mine:
         print(f"--shard={args.shard}: this part has no runs, there are {len(jobs)} in all")

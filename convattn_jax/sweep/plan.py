@@ -42,6 +42,7 @@ class Job:
     folder: pathlib.Path
     steps: int
     stages: tuple[Stage, ...]
+    idle: Mapping[str, str] = dataclasses.field(default_factory=dict)  # keys that its model makes no use of
 
     @property
     def name(self) -> str:
@@ -49,11 +50,11 @@ class Job:
         return self.folder.name
 
     def open_stages(self) -> list[Stage]:
-        """What is left to do; pre-training too where a later stage wants a checkpoint that is gone."""
+        """What is left to do; pre-training too where a later stage wants its last checkpoint and that is gone."""
         left = [stage for stage in self.stages if not stage.is_done()]
-        first = self.stages[0]
-        if left and left[0] is not first and not any((self.folder / "checkpoints").glob("*")):
-            left.insert(0, first)
+        first, end = self.stages[0], self.folder / "checkpoints" / str(self.steps)
+        if left and left[0] is not first and not end.exists():
+            left.insert(0, dataclasses.replace(first, is_done=end.exists))
         return left
 
 
@@ -78,15 +79,25 @@ def jobs(sweep: Sweep, workdir: pathlib.Path, options: Options) -> list[Job]:
         check(name in names, f"--only={name} is no variant of this sweep; there are: {', '.join(names)}")
     _check_free(options.config, "config", [variant.changes for variant in sweep.variants])
     _check_free(options.finetune, "finetune", [])
+    for key in () if sweep.finetunings else options.finetune:
+        raise UserError(f"--finetune.{key}: this sweep has no fine-tunings: leave it out")
     wanted = [variant for variant in sweep.variants if variant.name in (options.only or names)]
     seeds = {variant.name: options.seeds or variant.seeds or sweep.seeds for variant in wanted}
     deepest = max(len(given) for given in seeds.values())
-    return [
+    found = [
         _job(sweep, variant, seeds[variant.name][turn], workdir, options)
         for turn in range(deepest)
         for variant in wanted
         if turn < len(seeds[variant.name])
     ]
+    for key in options.config:
+        needed = [job.idle.get(key) for job in found]
+        check(
+            not all(needed),
+            f"--config.{key} has no effect on {', '.join(variant.name for variant in wanted)}: leave it out, or choose "
+            f"{needed[0]}",
+        )
+    return found
 
 
 def _check_free(given: Mapping[str, str], option: str, taken: Sequence[Changes]) -> None:
@@ -121,7 +132,7 @@ def _job(sweep: Sweep, variant: Variant, seed: int, workdir: pathlib.Path, optio
         stages += [_finetuning(finetuning, folder, c, options) for finetuning in sweep.finetunings]
     except UserError as error:
         raise UserError(f"{folder.name}: {error}") from error
-    return Job(variant.name, seed, folder, c.train.steps, tuple(stages))
+    return Job(variant.name, seed, folder, c.train.steps, tuple(stages), idle)
 
 
 def _command(spec: str, folder: pathlib.Path, changes: Changes) -> tuple[tuple[str, ...], ConfigDict]:
@@ -170,7 +181,7 @@ def _finetuning(finetuning: Finetuning, run: pathlib.Path, pretraining: Pretrain
     if c.glue.source == "tsv":
         for task in tasks:
             if not task.is_probe:
-                tsv.find_home(c.glue.data_dir, task)
+                tsv.check_there(c.glue.data_dir, task)
 
     def is_done() -> bool:
         finished = [folder / "tasks" / task.name / f"{seed}.json" for task in tasks for seed in c.glue.seeds_of(task)]

@@ -97,7 +97,9 @@ def _run(
         try:
             with _started(stage, log, environment, processes) as process:
                 while process.poll() is None:
-                    where, loss = _progress(job) if stage is job.stages[0] else (_count(stage), _progress(job)[1])
+                    where, loss = _progress(job)
+                    if stage.name != job.stages[0].name:
+                        where = _count(stage)
                     seconds = time.monotonic() - began
                     board.show(job.name, state="running", stage=stage.name, where=where, loss=loss, seconds=seconds)
                     yield
@@ -112,7 +114,7 @@ def _run(
             status = {"state": "failed", "stage": stage.name, "error": _reason(log, code)}
             break
     seconds = time.monotonic() - began
-    if left:
+    if left or (folder.read(f"status/{job.name}") or {}).get("state", "done") != "done":  # ended by other means
         folder.write(f"status/{job.name}", {**status, "seconds": round(seconds, 1)})
     where = str(status["error"]) if status["state"] == "failed" else "" if left else "was done before"
     board.show(

@@ -32,6 +32,8 @@ class Variant:
 
     def __post_init__(self):
         _check_tuples(self, "seeds")
+        _check_numbers(self, "seeds", 0)
+        _check_changes(self)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,6 +43,9 @@ class Finetuning:
     name: str
     config: str
     changes: Changes = dataclasses.field(default_factory=dict)
+
+    def __post_init__(self):
+        _check_changes(self)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,6 +72,9 @@ class Sweep:
 
     def __post_init__(self):
         _check_tuples(self, "variants", "finetunings", "seeds", "lengths")
+        _check_numbers(self, "seeds", 0)
+        _check_numbers(self, "lengths", 1)
+        _check_changes(self)
         names = [variant.name for variant in self.variants]
         check(bool(names), "variants: the sweep has none")
         stages = [PRETRAIN, EVALUATE, *(one.name for one in self.finetunings)]
@@ -87,3 +95,16 @@ def _check_tuples(entry: object, *fields: str) -> None:
         given = getattr(entry, field)
         shown = f"{field}={given!r}" if isinstance(given, int) else field
         check(isinstance(given, tuple), f"{shown} must be a tuple, with a comma after even a single entry, as (0,)")
+
+
+def _check_numbers(entry: object, field: str, least: int) -> None:
+    given = getattr(entry, field)
+    good = all(isinstance(one, int) and not isinstance(one, bool) and one >= least for one in given)
+    check(good, f"{field}={given!r} must be whole numbers from {least} on")
+    check(len(set(given)) == len(given), f"{field}={given!r} names a number twice")
+
+
+def _check_changes(entry: Any) -> None:
+    given = entry.changes
+    good = isinstance(given, Mapping) and all(isinstance(key, str) for key in given)
+    check(good, f'changes={given!r} must name keys with their values, as {{"model.radius": 4}}')
