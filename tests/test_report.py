@@ -144,14 +144,14 @@ def test_a_length_that_positions_do_not_reach_is_not_applicable(copy):
 
 
 def test_unfinished_and_failed_runs_are_named_and_in_no_mean(copy):
-    write(copy / "composite-1" / "summary.json", {"step": 3, "eval_loss": 1.0})  # of a shorter run, since prolonged
+    write(copy / "composite-0" / "summary.json", {"step": 3, "eval_loss": 1.0})  # of a shorter run, since prolonged
     shutil.rmtree(copy / "composite-2")
     write(copy / "status" / "composite-2.json", {"state": "failed", "stage": "pretrain", "error": "out of memory"})
     shutil.rmtree(copy / "fixed-0")
     shutil.rmtree(copy / "absolute-0-probes")
     c = runs.collect([str(copy)])
     assert lacking(c) == {
-        ("composite-1", "pre-training has not ended: step 6 of 6"),
+        ("composite-0", "pre-training has not ended: step 6 of 6"),
         ("composite-2", "pretrain failed: out of memory"),
         ("fixed-0", "not started"),
         ("absolute-0", "probes: no results yet"),
@@ -159,8 +159,8 @@ def test_unfinished_and_failed_runs_are_named_and_in_no_mean(copy):
     }
     found = rows(tables.overview(c))
     assert found["composite"]["seeds"] == "1 of 3"
-    assert found["composite"]["held-out loss"] == "3.310"
-    assert found["composite"]["word_order (accuracy)"] == "67.9 ± 1.4°"  # of the finished run's two fine-tunings
+    assert found["composite"]["held-out loss"] == "3.360"
+    assert found["composite"]["word_order (accuracy)"] == "67.4 ± 1.4°"  # of the finished run's two fine-tunings
     assert found["fixed"]["held-out loss"] == "—"
 
 
@@ -216,6 +216,56 @@ def test_single_runs_are_grouped_by_their_settings(tmp_path):
     assert {name: len(group) for name, group in c.variants.items()} == {"x": 2}
     c = runs.collect([str(tmp_path)])  # the same name, other settings
     assert set(c.variants) == {"x (x-0)", "x (x-1)", "x (y)"}
+
+
+def test_sweeps_with_the_same_variants_stand_side_by_side(made, tmp_path):
+    tenth = shutil.copytree(made, tmp_path / "tenth")
+    for path in tenth.glob("*-[0-9]/config.json"):
+        config = json.loads(path.read_text())
+        config["data"]["fraction"] = 0.1
+        write(path, config)
+    c = runs.collect([str(made), str(tenth)])
+    assert list(c.variants) == [f"{name} ({place})" for name in LOSSES for place in ("three", "tenth")]
+    assert [run.seed for run in c.variants["absolute (tenth)"]] == [0, 1, 2]
+    assert c.baseline == "absolute (three)"
+    again = shutil.copytree(made, tmp_path / "again" / "three")  # the folders' names alone do not tell
+    assert len(runs.collect([str(made), str(again)]).variants) == 2 * len(LOSSES)
+
+
+def test_no_run_counts_twice(made, monkeypatch):
+    monkeypatch.chdir(made.parent)
+    c = runs.collect(["three", str(made), "three/absolute-0"])
+    assert {name: len(group) for name, group in c.variants.items()} == {"absolute": 3, "composite": 3, "fixed": 1}
+    assert lacking(c) == set()
+
+
+def test_of_a_run_there_is_what_was_fine_tuned_from_it_and_no_run_beside_it(tmp_path, monkeypatch):
+    run = pretraining(tmp_path / "a", 3.0)
+    pretraining(tmp_path / "a-longer", 2.9)
+    finetuning(run, "probes", {"word_order": {"accuracy": [0.9]}})
+    monkeypatch.chdir(run)
+    (found,) = runs.collect(["."]).runs()
+    assert found.tasks == {"word_order": [0.9]}
+
+
+def test_a_task_that_was_fine_tuned_twice_has_the_figures_of_the_sweep_and_the_others_are_named(copy):
+    finetuning(copy / "fixed-0", "another", {"word_order": {"accuracy": [0.1]}})
+    c = runs.collect([str(copy)])
+    assert c.variants["fixed"][0].tasks["word_order"] == pytest.approx([0.65, 0.67])
+    said = "Not shown, since another fine-tuning stands for it: word_order of fixed-0-another."
+    assert said in tables.notes(c)
+
+
+def test_a_stage_that_no_run_has_is_missing_too(copy):
+    for folder in copy.glob("*/evaluations"):
+        shutil.rmtree(folder)
+    names = {f"{name}-{seed}" for name, losses in LOSSES.items() for seed in range(len(losses))}
+    assert lacking(runs.collect([str(copy)])) == {(name, "evaluate: no results yet") for name in names}
+
+
+def test_pre_training_that_failed_and_was_then_done_by_hand_is_whole(copy):
+    write(copy / "status" / "fixed-0.json", {"state": "failed", "stage": "pretrain", "error": "out of memory"})
+    assert lacking(runs.collect([str(copy)])) == set()
 
 
 def test_a_folder_without_runs_is_one_line(tmp_path, capsys):
@@ -353,6 +403,19 @@ def test_a_damaged_file_counts_as_missing(copy, damaged, no_drawing):
             "metrics.jsonl": "fixed: no evaluation yet",
         }.get(damaged, "What is missing")
         assert said in text
+
+
+@pytest.mark.parametrize("name", ["kernels.npz", "attention"])
+def test_a_flipped_bit_anywhere_is_no_traceback(copy, name):
+    """An archive's reader ends in errors of a dozen kinds."""
+    run = copy / "fixed-0"
+    path = attention_file(run, pretend_runs.SENTENCE) if name == "attention" else run / name
+    whole = path.read_bytes()
+    (found,) = runs.collect([str(run)]).runs()
+    for place in range(0, len(whole), 3):
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ 1 << place % 8]) + whole[place + 1 :])
+        pictures._attention(found, pretend_runs.SENTENCE)
+        pictures._kernels(found)
 
 
 def test_markdown_takes_names_for_text():

@@ -48,7 +48,7 @@ def write(paths: Sequence[str], baseline: str = "", sentence: str = "", out: str
 
     c = runs.collect(paths, baseline, sentence)
     first = pathlib.Path(paths[0])
-    beside = len(paths) > 1 and (first / "config.json").exists()  # of several runs
+    beside = len(paths) > 1 and runs.is_run(first)  # of several runs
     folder = pathlib.Path(out) if out else first.parent if beside else first
     every = list(c.runs())
     title = f"{_count(len(c.variants), 'variant')}: {first.resolve().name}"

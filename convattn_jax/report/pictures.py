@@ -1,6 +1,7 @@
 """Which pictures a comparison has, each with its caption and what is written where it cannot be seen."""
 
 import zipfile
+import zlib
 from collections.abc import Callable, Mapping
 from typing import NamedTuple, TypeVar
 
@@ -178,5 +179,7 @@ def _tolerant(load: Callable[[], T]) -> T | None:
     """What is loaded; None of a file that is not there or damaged."""
     try:
         return load()
-    except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile, UserError):
+    except (OSError, ValueError, KeyError, TypeError, EOFError, RuntimeError, UserError):
+        return None
+    except (zipfile.BadZipFile, zlib.error):
         return None

@@ -32,7 +32,9 @@ class Run:
       by_label: task -> label -> (rows, rows predicted right), over all fine-tuning seeds.
       lengths: row length -> held-out loss; None where the model cannot be evaluated there.
       planned: whether a sweep says what there should be of it.
+      stages: folders of the fine-tunings that it says.
       missing: what there should be and is not, in words.
+      left_out: fine-tunings of a task that another one stands for.
     """
 
     name: str
@@ -48,7 +50,9 @@ class Run:
     by_label: dict[str, dict[int, tuple[int, int]]] = dataclasses.field(default_factory=dict)
     lengths: dict[int, float | None] = dataclasses.field(default_factory=dict)
     planned: bool = False
+    stages: tuple[str, ...] = ()
     missing: list[str] = dataclasses.field(default_factory=list)
+    left_out: list[str] = dataclasses.field(default_factory=list)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,49 +104,59 @@ def collect(paths: Sequence[str], baseline: str = "", sentence: str = "") -> Com
     """
     planned: dict[str, Any] = {}
     runs: dict[pathlib.Path, Run] = {}
-    tunings: list[tuple[pathlib.Path, dict[str, Any]]] = []
+    tunings: dict[pathlib.Path, dict[str, Any]] = {}
     order: list[str] = []
     for given in paths:
-        root = pathlib.Path(given)
+        root = pathlib.Path(given).resolve()
         check(root.is_dir(), f"{given} is no folder: name run folders, or one that holds some")
         plan = read_object(root / "sweep.json")
         planned = {**plan, **planned}
         order += [text_of(name) for name in _list(plan.get("variants"))]
-        before = len(runs)
+        holds = False
         for name, job in _dict(plan.get("jobs")).items():
             folder = root / pathlib.Path(name).name  # a name leads to no other place
+            holds = True
             config = completed(read_object(folder / "config.json"))
             runs[folder] = _read(folder, config, text_of(_dict(job).get("variant")), _dict(job).get("seed"))
             _expect(runs[folder], root, _dict(job))
         for folder in _candidates(root):
             config = completed(read_object(folder / "config.json"))
             if config.get("task") == "finetune":
-                tunings.append((folder, config))
-            elif config and folder not in runs:
+                tunings.setdefault(folder, config)
+            elif config and folder not in runs and (folder == root or not is_run(root)):
                 runs[folder] = _read(folder, config)
-        check(len(runs) > before or bool(tunings), f"{given} holds no run: train one with convattn_jax.main")
-    for folder, config in tunings:
-        _attach(folder, config, list(runs.values()))
-    sources = ", ".join(dict.fromkeys(text_of(config.get("init_from")) for _, config in tunings))
+            holds = holds or folder in runs or folder in tunings
+        check(holds, f"{given} holds no run: train one with convattn_jax.main")
+    asked = {name for run in runs.values() for name in run.stages}
+    for folder, config in sorted(tunings.items(), key=lambda item: item[0].name not in asked):
+        _attach(folder, config, list(runs.values()))  # of two for one task, the one that the sweep asked for
+    sources = ", ".join(dict.fromkeys(text_of(config.get("init_from")) for config in tunings.values()))
     check(bool(runs), f"{paths[0]} is fine-tuning only, made from {sources}: name that run")
 
     groups: dict[str, list[Run]] = {name: [] for name in order}
     for run in runs.values():
         groups.setdefault(run.variant, []).append(run)
-    groups = {name: sorted(group, key=lambda run: run.seed) for name, group in _told_apart(groups).items() if group}
+    groups, split = _told_apart({name: group for name, group in groups.items() if group})
+    groups = {name: sorted(group, key=lambda run: run.seed) for name, group in groups.items()}
     _note_tasks(groups)
     if baseline:
         check_choice("--baseline", baseline, groups)
     else:
-        baseline = next((n for n in (text_of(planned.get("baseline")), "absolute", "bert") if n in groups), "")
+        likely = (text_of(planned.get("baseline")), "absolute", "bert")
+        baseline = next((name for one in likely for name in groups if one and name in (one, *split.get(one, ()))), "")
     return Comparison(groups, baseline, sentence or text_of(planned.get("sentence"), 400))
 
 
 def _candidates(root: pathlib.Path) -> list[pathlib.Path]:
-    """The root itself and what was fine-tuned from it beside it, if it is a run; else the folders in it."""
-    if (root / "config.json").exists():
+    """The root itself and what may be fine-tuned from it beside it, if it is a run; else the folders in it."""
+    if is_run(root):
         return [root, *sorted(path for path in root.parent.glob(f"{_escaped(root.name)}-*") if path.is_dir())]
     return sorted(path for path in root.iterdir() if path.is_dir() and (path / "config.json").exists())
+
+
+def is_run(folder: pathlib.Path) -> bool:
+    """Whether a folder is a run's, rather than one that holds some."""
+    return (folder / "config.json").exists()
 
 
 def _escaped(name: str) -> str:
@@ -184,14 +198,17 @@ def _read(folder: pathlib.Path, config: dict[str, Any], variant: str = "", seed:
 def _expect(run: Run, root: pathlib.Path, job: dict[str, Any]) -> None:
     """Notes which stages of a sweep's run are missing, and why if it is known."""
     run.planned = True
+    run.stages = tuple(f"{run.folder.name}-{pathlib.Path(str(stage)).name}" for stage in _list(job.get("stages")))
     status = read_object(root / "status" / f"{pathlib.Path(run.name).name}.json")
-    if status.get("state") == "failed":
+    if status.get("state") == "failed" and not (run.figures and status.get("stage") == "pretrain"):
         run.missing = [text for text in run.missing if text != NOT_STARTED]
         run.missing.insert(0, f"{text_of(status.get('stage'))} failed: {text_of(status.get('error'), 300)}")
     begun = NOT_STARTED not in run.missing  # else that says it all
     for stage in _list(job.get("stages")) if begun else ():
         tuned = run.folder.with_name(f"{run.folder.name}-{pathlib.Path(str(stage)).name}")
-        if stage not in STAGES and not (tuned / "results.json").exists():
+        evaluated = any((run.folder / "evaluations").glob("*"))
+        found = evaluated if stage == "evaluate" else (tuned / "results.json").exists()
+        if stage != "pretrain" and not found and (run.figures or stage != "evaluate"):
             run.missing.append(f"{text_of(stage)}: no results yet")
 
 
@@ -209,6 +226,9 @@ def _attach(folder: pathlib.Path, config: dict[str, Any], runs: Sequence[Run]) -
             continue
         metric = task.main + task.splits[0].removeprefix("validation")
         values = [value for raw in _list(_dict(found).get(metric)) if (value := _number(raw)) is not None]
+        if task.name in run.tasks:
+            run.left_out.append(f"{task.name} of {text_of(folder.name)}")
+            continue
         if values:
             run.tasks[task.name] = values
         _count_labels(run, task.name, folder / "tasks" / task.name, task.splits[0])
@@ -227,18 +247,37 @@ def _count_labels(run: Run, task: str, folder: pathlib.Path, split: str) -> None
         run.by_label[task] = dict(sorted(totals.items()))
 
 
-def _told_apart(groups: dict[str, list[Run]]) -> dict[str, list[Run]]:
-    """Runs of one name but different settings, or twice the same seed, become variants named by their folders."""
+def _told_apart(groups: dict[str, list[Run]]) -> tuple[dict[str, list[Run]], dict[str, list[str]]]:
+    """Runs of one name but different settings, or twice the same seed, become variants of their own.
+
+    They are named by the folders that their run folders are in, where that tells them apart, else by these. Returns the
+    variants, and the new names by the old one.
+    """
     found: dict[str, list[Run]] = {}
+    split: dict[str, list[str]] = {}
     for name, group in groups.items():
-        settings = {json.dumps(settings_of(run.config), sort_keys=True, default=str) for run in group if run.config}
-        if len(settings) <= 1 and len({run.seed for run in group}) == len(group):
+        if _is_one(group):
             found[name] = group
             continue
+        places: dict[pathlib.Path, list[Run]] = {}
         for run in group:
-            run.variant = f"{name} ({text_of(run.folder.name)})"
+            places.setdefault(run.folder.parent, []).append(run)
+        several = len(places) > 1 and all(map(_is_one, places.values()))
+        unique = len({place.name for place in places}) == len(places)
+        for run in group:
+            place = run.folder.parent if several else run.folder
+            same = not unique if several else sum(other.folder.name == run.folder.name for other in group) > 1
+            run.variant = f"{name} ({text_of(str(place) if same else place.name)})"
             found.setdefault(run.variant, []).append(run)
-    return found
+            if run.variant not in split.setdefault(name, []):
+                split[name].append(run.variant)
+    return found, split
+
+
+def _is_one(group: Sequence[Run]) -> bool:
+    """Whether these are seeds of one variant."""
+    settings = {json.dumps(settings_of(run.config), sort_keys=True, default=str) for run in group if run.config}
+    return len(settings) <= 1 and len({run.seed for run in group}) == len(group)
 
 
 def settings_of(config: dict[str, Any]) -> dict[str, Any]:

@@ -231,6 +231,9 @@ def notes(c: Comparison) -> list[str]:
     if len(texts) > 1:
         found.append("The runs were not made with the same token rows: their losses compare only if the held-out text "
                      "and the tokenizer are the same.")  # fmt: skip
+    left_out = [one for run in c.runs() for one in run.left_out]
+    if left_out:
+        found.append(f"Not shown, since another fine-tuning stands for it: {', '.join(left_out)}.")
     machines = sorted({run.hardware for run in c.runs() if run.hardware})
     if machines:
         found.append(f"Hardware: {'; '.join(machines)}.")
@@ -271,7 +274,7 @@ def _task(c: Comparison, name: str, measure: Measure) -> Cell:
     values = list(c.values(name, measure.key).values())
     if len(values) == 1:
         task = measure.key[5:]
-        tuned = next(run.tasks[task] for run in c.variants[name] if task in run.tasks)
+        tuned = next(run.tasks[task] for run in c.variants[name] if task in run.tasks and run.figures)
         return _spread(tuned, measure, "°")
     return _spread(values, measure)
 
