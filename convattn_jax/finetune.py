@@ -222,9 +222,11 @@ def load_classifier(path: epath.PathLike, task: str) -> Callable[[Sequence[Any]]
 
     def classify(texts: Sequence[Any]) -> list[Label]:
         check(not isinstance(texts, str), f"{task} wants a list of texts, not the one string {texts!r}: put it in [ ]")
-        pairs = [(text,) if isinstance(text, str) else tuple(text) for text in texts]
-        wrong = next((pair for pair in pairs if len(pair) != len(row.texts)), None)
-        check(wrong is None, f"{task} wants {len(row.texts)} text(s) an example ({', '.join(row.texts)}), not {wrong}")
+        pairs = [(text,) if isinstance(text, str) else text for text in texts]
+        for pair in pairs:
+            fits = isinstance(pair, tuple | list) and [type(text) for text in pair] == [str] * len(row.texts)
+            check(fits, f"{task} wants {len(row.texts)} text(s) an example ({', '.join(row.texts)}), not {pair}")
+        pairs = list(map(tuple, pairs))
         rows = examples.encode(tokenizer, pairs, length)
         batch = min(EVALUATION_BATCH, 1 << max(0, len(rows) - 1).bit_length())  # few shapes are ever compiled
         logits = trainer.predict_alone(params, rows, edges, batch, tokenizer.pad)

@@ -41,6 +41,25 @@ need() {
     done
 }
 
+# Stops with one line unless every setting, given as NAME=LEAST, is a whole number from LEAST on.
+whole() {
+    local pair name value
+    for pair in "$@"; do
+        name=${pair%%=*} value=${!name}
+        if [[ ! $value =~ ^(0|[1-9][0-9]{0,8})$ ]] || ((value < ${pair#*=})); then
+            fail "$name=$value must be a whole number from ${pair#*=} on"
+        fi
+    done
+}
+
+# Stops with one line unless every setting named is yes or no.
+yes_or_no() {
+    local name
+    for name in "$@"; do
+        [[ ${!name} == yes || ${!name} == no ]] || fail "$name=${!name} must be yes or no"
+    done
+}
+
 # Takes --help and --dry-run off the front of the arguments; what is left is in `words`.
 options() {
     while (($#)); do

@@ -33,19 +33,19 @@ settings
 HELP
 }
 
-NAME=${NAME:-convattn} POLL=${POLL:-30} CHIPS=${CHIPS:-4}
+NAME=${NAME:-convattn} POLL=${POLL:-30} CHIPS=${CHIPS:-4} SPOT=${SPOT:-no} RESTARTS=${RESTARTS:-3}
 namespace=--namespace=${NAMESPACE:-default}
 
 # jobset.yaml with the words between @ filled in.
 manifest() {
     local yaml spot='' list='' word
-    if [[ ${SPOT:-no} == yes ]]; then spot='cloud.google.com/gke-spot: "true"'; fi
+    if [[ $SPOT == yes ]]; then spot='cloud.google.com/gke-spot: "true"'; fi
     for word in "$@"; do
         list+="${list:+, }\"$(printf '%s' "$word" | sed 's/[\\"]/\\&/g')\""
     done
     yaml=$(< "$repository/launch/jobset.yaml")
     yaml=${yaml//@NAME@/"$NAME"}
-    yaml=${yaml//@RESTARTS@/"${RESTARTS:-3}"}
+    yaml=${yaml//@RESTARTS@/"$RESTARTS"}
     yaml=${yaml//@HOSTS@/"$((${TOPOLOGY//x/*} / CHIPS))"}
     yaml=${yaml//@SERVICE_ACCOUNT@/"${SERVICE_ACCOUNT:-default}"}
     yaml=${yaml//@TYPE@/"$TYPE"}
@@ -87,6 +87,8 @@ follow() {
 }
 
 options "$@"
+whole CHIPS=1 RESTARTS=0 POLL=1
+yes_or_no SPOT
 step=${words[0]:-}
 case $step in
     build) need IMAGE ;;

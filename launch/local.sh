@@ -24,7 +24,9 @@ HELP
 
 options "$@"
 ((${#words[@]})) || fail 'what is to be run? such as --config=configs/composite.py (see --help)'
-PROCESSES=${PROCESSES:-1}
+PROCESSES=${PROCESSES:-1} PORT=${PORT:-12355}
+whole PROCESSES=1 PORT=1
+if [[ -n ${DEVICES:-} ]]; then whole DEVICES=1; fi
 if [[ -z ${EXTRAS+set} ]] && command -v nvidia-smi > /dev/null; then EXTRAS=cuda; fi
 
 run cd "$repository"
@@ -45,11 +47,12 @@ if ((PROCESSES == 1)); then
 fi
 
 trap 'kill -TERM $(jobs -p) 2> /dev/null' TERM
+trap : INT # Ctrl-C reaches the processes by itself; they save, and are waited for
 others=()
 for ((i = 0; i < PROCESSES; i++)); do
     mine=(env)
     if ((${#settings[@]})); then mine+=("${settings[@]}"); else mine+=(JAX_LOCAL_DEVICE_IDS="$i"); fi
-    mine+=("${main[@]}" "--coordinator=localhost:${PORT:-12355}" "--processes=$PROCESSES" "--process=$i")
+    mine+=("${main[@]}" "--coordinator=localhost:$PORT" "--processes=$PROCESSES" "--process=$i")
     if [[ $dry_run == yes ]]; then
         printf '%s &\n' "$(quote "${mine[@]}")"
     else

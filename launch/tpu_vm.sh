@@ -202,6 +202,8 @@ train() {
 }
 
 options "$@"
+whole WORKER=0 RESTARTS=0 POLL=1
+yes_or_no SPOT QUEUED
 step=${words[0]:-}
 case $step in
     train | create | wait | copy | install | run | log | delete) need ZONE ;;

@@ -393,6 +393,7 @@ def test_what_a_classifier_does_not_understand_is_said(home, chained, probed, co
     classify = finetune.load_classifier(chained, "rte")
     for texts, message in (
         (["only one"], "rte wants 2 text(s) an example (sentence1, sentence2)"),
+        ([3], "rte wants 2 text(s) an example (sentence1, sentence2), not 3"),
         ([("one", "two", "three")], "rte wants 2 text(s)"),
         ("one string", "rte wants a list of texts"),
     ):
@@ -553,6 +554,15 @@ def test_a_folder_is_of_one_start_and_one_recipe(home, copy, capsys):
         start(home, *PROBE, f"--workdir={copy}")
     said = f"copy was fine-tuned from step 1 of {home / 'run'}, which now stands at step 0: choose another --workdir"
     assert said in capsys.readouterr().err
+
+
+def test_a_damaged_result_is_one_line(home, copy, capsys, no_training):
+    result = copy / "tasks" / "word_order" / f"{SEEDS[0]}.json"
+    result.write_text("{}")
+    with pytest.raises(SystemExit):
+        start(home, *PROBE, f"--workdir={copy}")
+    said = f"error: {result} is damaged: delete it, and the same command trains this seed anew"
+    assert " ".join(capsys.readouterr().err.split()) == said
 
 
 def test_results_may_move_together_with_their_run_and_belong_to_no_other(home, copy, tmp_path, no_training, capsys):

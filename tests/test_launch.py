@@ -101,6 +101,12 @@ def test_what_is_missing_is_one_line(stage, script):
         ("gke.sh", ["run", "--workdir=gs://b/x"], GKE | {"CHIPS": "5"}, "TOPOLOGY=4x4 has 16 chips"),
         ("gke.sh", ["run", "--workdir=runs/x"], GKE, "--workdir is not on gs://"),
         ("gke.sh", ["apply"], GKE, "apply is no step"),
+        ("gke.sh", ["run", "--workdir=gs://b/x"], GKE | {"CHIPS": "0"}, "CHIPS=0 must be a whole number from 1 on"),
+        ("gke.sh", ["run", "--workdir=gs://b/x"], GKE | {"SPOT": "true"}, "SPOT=true must be yes or no"),
+        ("tpu_vm.sh", ["create"], TPU | {"QUEUED": "1"}, "QUEUED=1 must be yes or no"),
+        ("tpu_vm.sh", ["log"], TPU | {"WORKER": "all"}, "WORKER=all must be a whole number from 0 on"),
+        ("local.sh", ["--config=x"], {"PROCESSES": "abc"}, "PROCESSES=abc must be a whole number from 1 on"),
+        ("local.sh", ["--config=x"], {"DEVICES": "08"}, "DEVICES=08 must be a whole number from 1 on"),
     ],
 )
 def test_wrong_settings_are_one_line_before_anything_is_asked_for(stage, script, words, settings, message):
@@ -292,6 +298,22 @@ def test_processes_told_to_stop_all_save(stage, clone):
     wait_for(stage.folder / "waiting")
     while (stage.folder / "plan" / "runs").exists():
         time.sleep(0.01)
+    started.send_signal(signal.SIGTERM)
+    assert started.wait(30) == 0
+    assert (stage.folder / "saved").read_text() == 2 * "saved\n"
+
+
+def test_after_ctrl_c_the_processes_are_waited_for(stage, clone):
+    """A terminal sends it to all of them: here to the script alone, which does not end before they do."""
+    stage.plan(runs=["wait", "wait"])
+    environment = stage.environment({"PROCESSES": "2"})
+    started = subprocess.Popen([clone, *ARGUMENTS], env=environment, stdout=subprocess.DEVNULL)
+    wait_for(stage.folder / "waiting")
+    while (stage.folder / "plan" / "runs").exists():
+        time.sleep(0.01)
+    started.send_signal(signal.SIGINT)
+    with pytest.raises(subprocess.TimeoutExpired):
+        started.wait(0.5)
     started.send_signal(signal.SIGTERM)
     assert started.wait(30) == 0
     assert (stage.folder / "saved").read_text() == 2 * "saved\n"

@@ -3,6 +3,7 @@
 import io
 import math
 import zipfile
+import zlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -47,7 +48,11 @@ def save(folder: RunFolder, task: Task, seed: int, params: Params, ended: Mappin
 
 def read(folder: RunFolder, task: Task, seed: int) -> dict[str, Any]:
     """What a finished seed ended with: metrics, by_label, starts_from, steps, seconds."""
-    return folder.read(f"tasks/{task.name}/{seed}") or {}
+    file = f"tasks/{task.name}/{seed}"
+    ended = folder.read(file) or {}
+    damaged = f"{folder.path / file}.json is damaged: delete it, and the same command trains this seed anew"
+    check(isinstance(ended.get("metrics"), dict), damaged)
+    return ended
 
 
 def params(folder: RunFolder, task: Task, shapes: Any, seed: int) -> Params:
@@ -110,8 +115,8 @@ def prediction(folder: RunFolder, task: str, split: str) -> dict[str, np.ndarray
     try:
         with path.open("rb") as file:
             return dict(np.load(file, allow_pickle=False))
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile):  # damaged: it will be predicted anew
-        return {}
+    except (OSError, ValueError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error):
+        return {}  # damaged: it will be predicted anew
 
 
 def predictions(folder: RunFolder) -> dict[str, dict[str, tuple[np.ndarray, np.ndarray]]]:
