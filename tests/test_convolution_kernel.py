@@ -76,7 +76,7 @@ def assert_close(ours, exact, tolerance):
     ("T", "D", "radii", "activations", "forward", "backward"),
     [
         (11, 12, (1, 2), (True, False), RUNS, RUNS),  # no block divides length or channels
-        (8, 8, (2, 2, 1), (True, True, True), WHOLE, WHOLE),
+        (8, 8, (4, 4, 1), (True, True, True), WHOLE, WHOLE),  # chunks of rows that all exist or don't
         (3, 8, (5,), (True,), RUNS, RUNS),  # radius beyond the length
         (40, 8, (16,), (True,), WIDE, WIDE),
     ],
@@ -93,9 +93,10 @@ def test_the_benchmark_times_a_hand_written_gradient_that_is_right():
     assert_close(with_gradients(shifted, *case), with_gradients(convolve, *case), 1e-6)
 
 
-def test_in_bfloat16_only_what_is_stored_is_rounded():
-    x, kernels, g, inputs = draw(11, 12, dtype="bfloat16")
-    ours = with_gradients(kernel, x, kernels, g, inputs)
+@pytest.mark.parametrize(("T", "radii", "walk"), [(11, (1, 2), RUNS), (8, (4, 1), WHOLE)], ids=["odd", "whole"])
+def test_in_bfloat16_only_what_is_stored_is_rounded(T, radii, walk):
+    x, kernels, g, inputs = draw(T, 12, radii, dtype="bfloat16")
+    ours = with_gradients(functools.partial(kernel, forward=walk, backward=walk), x, kernels, g, inputs)
     exact = with_gradients(convolve, x.astype("float32"), kernels, tuple(y.astype("float32") for y in g), inputs)
     types = [[leaf.dtype.name for leaf in jax.tree.leaves(part)] for part in (ours[0], ours[1])]
     assert types == [["bfloat16"] * 3, ["bfloat16"] + ["float32"] * 4]

@@ -17,7 +17,7 @@ from jax import Array, lax
 from jaxtyping import Bool, Float, Int
 
 from convattn_jax.kernels import depthwise_passes
-from convattn_jax.kernels.depthwise_program import Operands, Segments, Spec, Walk
+from convattn_jax.kernels.depthwise_program import GELU_SCALE, Operands, Segments, Spec, Walk
 from convattn_jax.model.convolution import Kernel
 
 MAX_TAPS, MAX_RADIUS = 64, 16  # what a thread's registers hold
@@ -64,13 +64,14 @@ def depthwise_convolutions(
         raise ValueError(f"depthwise_convolutions: {reason}")
     activations = tuple(kernel.activation for kernel in kernels)
     specs = tuple(
-        Spec(x.shape[1], x.shape[2], radii, activations, _fitted(walk, x.shape[0]), interpret)
+        Spec(x.shape[1], x.shape[2], radii, activations, x.dtype == jnp.bfloat16, _fitted(walk, x.shape[0]), interpret)
         for walk in (forward, backward)
     )
+    scales = [GELU_SCALE if kernel.activation else 1.0 for kernel in kernels]
     operands = Operands(
         x,
-        tuple(kernel.taps.astype(jnp.float32) for kernel in kernels),
-        tuple(kernel.bias.astype(jnp.float32)[None] for kernel in kernels),
+        tuple(scale * kernel.taps.astype(jnp.float32) for scale, kernel in zip(scales, kernels, strict=True)),
+        tuple(scale * kernel.bias.astype(jnp.float32)[None] for scale, kernel in zip(scales, kernels, strict=True)),
     )
     return _convolutions(specs, operands, query_segments, key_segments)
 

@@ -5,7 +5,7 @@ window of rows in registers, so that a row is loaded once for all taps of all co
 several segments is convolved once for each of them, the others' rows as zeros.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -25,6 +25,7 @@ from convattn_jax.kernels.depthwise_program import (
     Spec,
     Weights,
     both,
+    bounded,
     convolved,
     only,
     raw_rows,
@@ -34,12 +35,17 @@ from convattn_jax.kernels.depthwise_program import (
 def _specs(spec: Spec, operands: Operands, segments: Segments) -> tuple[Any, Operands, Segments]:
     """The blocks of rows (B, T, D), of the operands and of the segments."""
     walk = spec.walk
-    rows = pl.BlockSpec((walk.texts, spec.length, walk.channels), lambda n, d, b: (b, 0, d))
+    rows = _whole(operands.x)
     taps, biases = jax.tree.map(
         lambda array: pl.BlockSpec((array.shape[0], walk.channels), lambda n, d, b: (0, d)), operands[1:]
     )
     by_text = jax.tree.map(lambda array: pl.BlockSpec((walk.texts, array.shape[1]), lambda n, d, b: (b, 0)), segments)
     return rows, Operands(rows, taps, biases), by_text
+
+
+def _whole(array: Any) -> pl.BlockSpec:
+    """All of an array (B, T, D): a program finds its texts and channels itself (see `bounded`)."""
+    return pl.BlockSpec(array.shape, lambda n, d, b: (0, 0, 0))
 
 
 def _whole_blocks(spec: Spec, operands: Operands) -> Operands:
@@ -50,7 +56,7 @@ def _whole_blocks(spec: Spec, operands: Operands) -> Operands:
 def _call(spec: Spec, kernel, name: str, inputs, in_specs, out_specs, out_shape):
     walk, batch = spec.walk, inputs[0].x.shape[0]
     return pl.pallas_call(
-        lambda *refs: kernel(Program.of(spec), *refs),
+        lambda *refs: kernel(Program.of(spec, batch), *refs),
         name=name,
         grid=(spec.runs, spec.blocks, batch // walk.texts),
         in_specs=in_specs,
@@ -64,8 +70,10 @@ def _call(spec: Spec, kernel, name: str, inputs, in_specs, out_specs, out_shape)
 def forward(
     spec: Spec, operands: Operands, segments: Segments, differentiated: bool
 ) -> tuple[tuple[Array, ...], tuple[Array | None, ...]]:
-    """Each convolution of x, with its bias and gelu, and gelu's derivative if it is wanted; in the type of x."""
-    operands, like = _whole_blocks(spec, operands), jax.ShapeDtypeStruct(operands.x.shape, operands.x.dtype)
+    """Each convolution of x, with its bias and gelu, in the type of x, and gelu's derivative, in words, if wanted."""
+    operands, (batch, _, size) = _whole_blocks(spec, operands), operands.x.shape
+    like = jax.ShapeDtypeStruct(operands.x.shape, operands.x.dtype)
+    words = jax.ShapeDtypeStruct((batch, spec.length_in_words, size), jnp.int32 if spec.half else jnp.float32)
     rows, *specs = _specs(spec, operands, segments)
     slopes = [activation and differentiated for activation in spec.activations]
     return _call(
@@ -74,8 +82,8 @@ def forward(
         "depthwise_forward",
         (operands, segments),
         specs,
-        ((rows,) * len(slopes), tuple(rows if wanted else None for wanted in slopes)),
-        ((like,) * len(slopes), tuple(like if wanted else None for wanted in slopes)),
+        ((rows,) * len(slopes), tuple(_whole(words) if wanted else None for wanted in slopes)),
+        ((like,) * len(slopes), tuple(words if wanted else None for wanted in slopes)),
     )
 
 
@@ -95,16 +103,16 @@ def _forward_kernel(at: Program, refs: Operands, segments: Segments, out_refs, s
 
     def of_chunk(text: Array, number: Array, read: tuple[list[Row], Ahead]) -> tuple[list[Row], Ahead]:
         chunk = Chunk.of(spec, segments, text, number, *read)
-        ahead = Ahead.load(at, refs.x, segments, text, number + 1)
-        sums = convolved(at, weights, chunk)
+        sums, ahead = convolved(at, weights, chunk, lambda: Ahead.load(at, refs.x, segments, text, number + 1))
         for out_ref, slope_ref, activation, totals in zip(out_refs, slope_refs, spec.activations, sums, strict=True):
-            for u, total in enumerate(totals):
-                value, slope = at.gelu(total) if activation else (total, total)
+            values, slopes = zip(*(at.gelu(total) if activation else (total, total) for total in totals), strict=True)
+            for u, value in enumerate(values):
                 place = chunk.start + u
-                inside = None if spec.whole_chunks else place < spec.length
-                at.store(out_ref, text, place, value, inside)
-                if slope_ref is not None:
-                    at.store(slope_ref, text, place, slope, inside)
+                at.store(out_ref, text, place, value, None if spec.whole_chunks else place < spec.length)
+            if slope_ref is not None:
+                for u in range(0, walk.chunk, spec.per_word):
+                    place, word = chunk.words + u // spec.per_word, at.packed(slopes[u : u + spec.per_word])
+                    at.store(slope_ref, text, place, word, None if spec.whole_chunks else place < spec.length_in_words)
         return chunk.window[walk.chunk :], ahead
 
     def of_text(text: Array, carry: None) -> None:
@@ -137,7 +145,7 @@ def backward(
         _backward_kernel,
         "depthwise_backward",
         (operands, segments, slopes, d_outs, d_elsewhere),
-        [*specs, tuple(None if slope is None else rows for slope in slopes), (rows,) * len(heights), rows],
+        [*specs, tuple(None if slope is None else _whole(slope) for slope in slopes), (rows,) * len(heights), rows],
         (rows, tuple(share_specs)),
         (
             jax.ShapeDtypeStruct(operands.x.shape, operands.x.dtype),
@@ -165,23 +173,30 @@ def _backward_kernel(
     weights = Weights.load(refs)
 
     def of_chunk(text: Array, number: Array, carry):
-        read, rows, entering, sums = carry
+        read, arrived, rows, entering, sums = carry
         chunk = Chunk.of(spec, segments, text, number, *read)
-        ahead = Ahead.load(at, refs.x, segments, text, number + 1)
-        following = raw_rows(at, d_elsewhere_ref, text, chunk.start + walk.chunk + spec.reach, walk.chunk)
-        d_sums = [_d_sums(at, chunk, *refs) for refs in zip(d_out_refs, slope_refs, strict=True)]
+
+        def ask() -> tuple[Ahead, Arrived, list[Array]]:
+            ahead = Ahead.load(at, refs.x, segments, text, number + 1)
+            arriving = Arrived.load(at, d_out_refs, slope_refs, text, number + 1)
+            place = chunk.start + walk.chunk + spec.reach
+            return ahead, arriving, raw_rows(at, d_elsewhere_ref, text, place, walk.chunk)
+
         own = (own_first <= number) & (number < own_last) if spec.runs > 1 else None
-        rows, sums = _chunk_gradient(at, weights, chunk, d_sums, own, rows + widened(entering), sums)
+        d_sums = arrived.d_sums(at, chunk)
+        rows = rows + widened(entering)
+        (rows, sums), (ahead, arriving, following) = _chunk_gradient(at, weights, chunk, d_sums, own, rows, sums, ask)
         for u in range(walk.chunk):  # no later chunk reaches these
             keep(text, chunk.start - spec.reach + u, rows[u])
-        return (chunk.window[walk.chunk :], ahead), rows[walk.chunk :], following, sums
+        return (chunk.window[walk.chunk :], ahead), arriving, rows[walk.chunk :], following, sums
 
     def of_text(text: Array, sums):
         start = first * walk.chunk - spec.reach
         rows = raw_rows(at, d_elsewhere_ref, text, start, 2 * spec.reach + walk.chunk)
         rows, entering = widened(rows[: 2 * spec.reach]), rows[2 * spec.reach :]
-        carry = start_reading(at, refs.x, segments, text, first), rows, entering, sums
-        _, rows, _, sums = lax.fori_loop(first, last, lambda number, carry: of_chunk(text, number, carry), carry)
+        read = start_reading(at, refs.x, segments, text, first)
+        carry = read, Arrived.load(at, d_out_refs, slope_refs, text, first), rows, entering, sums
+        _, _, rows, _, sums = lax.fori_loop(first, last, lambda number, carry: of_chunk(text, number, carry), carry)
         for step, row in enumerate(rows):
             keep(text, last * walk.chunk - spec.reach + step, row)
         return sums
@@ -197,23 +212,56 @@ def widened(rows: list[Array]) -> list[Row]:
     return [row.astype(jnp.float32) for row in rows]
 
 
-def _d_sums(at: Program, chunk: Chunk, d_out_ref, slope_ref) -> list[Row]:
-    """The gradient before gelu, for each position of the chunk; zero beyond the end."""
-    rows, spec = [], at.spec
-    for u in range(spec.walk.chunk):
-        place = chunk.start + u
-        inside = jnp.minimum(place, spec.length - 1)
-        row = at.load(d_out_ref, chunk.text, inside)
-        if slope_ref is not None:
-            row *= at.load(slope_ref, chunk.text, inside)
-        rows.append(row if spec.whole_chunks else only(place < spec.length, row))
-    return rows
+class Arrived(NamedTuple):
+    """A chunk's gradients and gelu's derivatives, for each convolution, as they lie in memory."""
+
+    d_outs: list[list[Array]]
+    slopes: list[list[Array] | None]
+
+    @staticmethod
+    def load(at: Program, d_out_refs, slope_refs, text: Array, number: Array) -> "Arrived":
+        """Those of the chunk of that number, or of the last."""
+        spec = at.spec
+        number = bounded(jnp.minimum(number, spec.chunks - 1), spec.chunks)
+
+        def rows(ref, count: int, length: int) -> list[Array]:
+            places = [number * count + step for step in range(count)]
+            places = places if spec.whole_chunks else [jnp.minimum(place, length - 1) for place in places]
+            return [at.raw(ref, text, place) for place in places]
+
+        words = spec.walk.chunk // spec.per_word
+        slopes = [None if ref is None else rows(ref, words, spec.length_in_words) for ref in slope_refs]
+        return Arrived([rows(ref, spec.walk.chunk, spec.length) for ref in d_out_refs], slopes)
+
+    def d_sums(self, at: Program, chunk: Chunk) -> list[list[Row]]:
+        """The gradient before gelu, for each convolution and position; zero beyond the end."""
+        return [self._d_sum(at, chunk, *each) for each in zip(self.d_outs, self.slopes, strict=True)]
+
+    @staticmethod
+    def _d_sum(at: Program, chunk: Chunk, d_out: list[Array], words: list[Array] | None) -> list[Row]:
+        rows = widened(d_out)
+        if words is not None:
+            slopes = [slope for word in words for slope in at.unpacked(word)]
+            rows = [row * slope for row, slope in zip(rows, slopes, strict=True)]
+        if at.spec.whole_chunks:
+            return rows
+        return [only(chunk.start + u < at.spec.length, row) for u, row in enumerate(rows)]
+
+
+def reached(at: Program, seen: Array | None, gradient: Row, pairs: list[tuple[Row, Row]]) -> Row:
+    """A row's gradient with what flows to it, if it is seen."""
+    if seen is None:
+        return at.add_products(gradient, pairs)
+    return gradient + only(seen, at.add_products(at.zero, pairs))
 
 
 def _chunk_gradient(
-    at: Program, weights: Weights, chunk: Chunk, d_sums: list[list[Row]], own: Array | None, rows, sums
+    at: Program, weights: Weights, chunk: Chunk, d_sums: list[list[Row]], own: Array | None, rows, sums, ask
 ):
-    """Adds a chunk's gradient to that of the rows it reaches and, if its run owns it, to the sums of taps and bias."""
+    """Adds a chunk's gradient to that of the rows it reaches and, if its run owns it, to the sums of taps and bias.
+
+    Beside these comes what `ask` reads.
+    """
     spec = at.spec
     sums = [
         [*taps, sum(rows if own is None else [only(own, row) for row in rows], bias)]
@@ -233,7 +281,6 @@ def _chunk_gradient(
                 for u, row in enumerate(mine):
                     to_rows[first + u].append((weight, row))
             new_sums.append([*totals, bias])
-        added = [at.add_products(at.zero, pairs) for pairs in to_rows]
-        return [old + only(there, new) for there, old, new in zip(sees, rows, added, strict=True)], new_sums
+        return [reached(at, *each) for each in zip(sees, rows, to_rows, strict=True)], new_sums
 
-    return chunk.each_segment(spec, of_segment, (rows, sums))
+    return chunk.each_segment(spec, of_segment, (rows, sums), ask)

@@ -16,7 +16,14 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
 from convattn_jax.kernels import tile
+from convattn_jax.kernels.blocks import power_of_two
 from convattn_jax.model.layers import ERFC, ERFC_SCALE
+
+# Convolutions that gelu follows are computed times GELU_SCALE, so that exp(-z^2 / 2) = 2^(-(GELU_SCALE z)^2).
+GELU_SCALE = (0.5 * math.log2(math.e)) ** 0.5
+BELL_SHIFT = math.log2((2 * math.pi) ** -0.5 / GELU_SCALE**2)
+TAIL_SCALE = 0.5 * GELU_SCALE * (2 * math.pi) ** 0.5
+HALF_ERFC = (0.47047, 0.7478556, -0.0958798, 0.3480242)  # Abramowitz & Stegun 1964, 7.1.25, the scale in front
 
 Leaf = Any  # an array; in a kernel its reference; in a call of Pallas its block
 Row = Array  # a value for each channel of the block, float32
@@ -42,6 +49,7 @@ class Spec:
     channels: int
     radii: tuple[int, ...]
     activations: tuple[bool, ...]
+    half: bool  # rows are bfloat16
     walk: Walk
     interpret: bool
 
@@ -69,6 +77,16 @@ class Spec:
     def words(self) -> int:
         """32-bit words for the rows of a chunk's window."""
         return -(-(self.walk.chunk + 2 * self.reach) // 32)
+
+    @property
+    def per_word(self) -> int:
+        """Positions whose slopes share a 32-bit word."""
+        return 2 if self.half else 1
+
+    @property
+    def length_in_words(self) -> int:
+        """Words of a text's slopes."""
+        return -(-self.length // self.per_word)
 
     @property
     def whole_chunks(self) -> bool:
@@ -100,40 +118,63 @@ class Operands(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-    """What every part of a kernel's body needs: the spec, and which channels of the block exist (None: all)."""
+    """What every part of a kernel's body needs: the spec, where the program begins, which channels exist."""
 
     spec: Spec
-    exists: Array | None
+    text: Array
+    channel: Array
+    exists: Array | None  # None: all
 
     @staticmethod
-    def of(spec: Spec) -> "Program":
+    def of(spec: Spec, batch: int) -> "Program":
         """The running program."""
         size = spec.walk.channels
-        if spec.channels % size == 0:
-            return Program(spec, None)
-        return Program(spec, pl.program_id(1) * size + lax.iota(jnp.int32, size) < spec.channels)
+        text = bounded(pl.program_id(2), batch // spec.walk.texts) * spec.walk.texts
+        channel = bounded(pl.program_id(1), spec.blocks) * size
+        exists = None if spec.channels % size == 0 else channel + lax.iota(jnp.int32, size) < spec.channels
+        return Program(spec, text, channel, exists)
 
     @property
     def zero(self) -> Row:
         """A row of zeros."""
         return jnp.zeros((self.spec.walk.channels,), jnp.float32)
 
+    def at(self, ref, text: Array, place: Array) -> Leaf:
+        """The channels of a position."""
+        text = self.text + bounded(text, self.spec.walk.texts)
+        return ref.at[text, place, pl.ds(self.channel, self.spec.walk.channels)]
+
     def raw(self, ref, text: Array, place: Array) -> Array:
         """The row of a position as it lies in memory."""
-        row = ref.at[text, place, pl.ds(0, self.spec.walk.channels)]
+        row = self.at(ref, text, place)
         return row[...] if self.exists is None else plgpu.load(row, mask=self.exists, other=0)
 
     def load(self, ref, text: Array, place: Array) -> Row:
         """The row of a position."""
         return self.raw(ref, text, place).astype(jnp.float32)
 
-    def store(self, ref, text: Array, place: Array, row: Row, where: Array | None) -> None:
-        """Writes the row of a position, if `where` holds."""
+    def store(self, ref, text: Array, place: Array, row: Array, where: Array | None) -> None:
+        """Writes the row of a position, or a row of words, if `where` holds."""
         mask = self.exists
         if where is not None:
             where = jnp.broadcast_to(where, row.shape)
             mask = where if mask is None else where & mask
-        plgpu.store(ref.at[text, place, pl.ds(0, row.shape[0])], row.astype(ref.dtype), mask=mask)
+        plgpu.store(self.at(ref, text, place), row.astype(ref.dtype), mask=mask)
+
+    def packed(self, rows: Sequence[Row]) -> Array:
+        """What `spec.per_word` rows are in memory as words: bfloat16 side by side, the first one lower."""
+        if not self.spec.half:
+            return rows[0]
+        if not self.spec.interpret:
+            return tile.instruction("cvt.rn.bf16x2.f32 $0, $2, $1;", *rows, dtype=jnp.int32)
+        low, high = (_bits(row.astype(jnp.bfloat16).astype(jnp.float32)) for row in rows)
+        return lax.shift_right_logical(low, 16) | high
+
+    def unpacked(self, word: Array) -> list[Row]:
+        """The rows of `packed`."""
+        if not self.spec.half:
+            return [word]
+        return [lax.bitcast_convert_type(bits, jnp.float32) for bits in (word << 16, word & np.int32(-1 << 16))]
 
     def fma(self, a: Row, b: Row, c: Row) -> Row:
         """a * b + c, rounded once."""
@@ -151,20 +192,27 @@ class Program:
         return tile.instruction("\n".join(lines), *args)
 
     def gelu(self, x: Row) -> tuple[Row, Row]:
-        """x Phi(x) and its derivative Phi(x) + x exp(-x^2 / 2) / sqrt(2 pi), Phi within 8e-8."""
+        """gelu(x / GELU_SCALE) and its derivative by x, Phi within 1.3e-5, a hundredth of its rounding, or 8e-8."""
         constant = functools.partial(jnp.full_like, x)
-        bell, t = x * (x * (-0.5 * tile.LOG2E)), self.fma(jnp.abs(x), constant(ERFC_SCALE * 0.5**0.5), constant(1.0))
+        scale, *coefficients = HALF_ERFC if self.spec.half else (ERFC_SCALE, *ERFC)
+        exponent = self.fma(x, x, constant(-BELL_SHIFT))
+        t = self.fma(jnp.abs(x), constant(scale * math.log2(math.e) ** -0.5), constant(1.0))
         if self.spec.interpret:
-            bell, t = jnp.exp2(bell), 1 / t
+            bell, t = jnp.exp2(-exponent), 1 / t
         else:
-            bell = tile.instruction("ex2.approx.ftz.f32 $0, $1;", bell)
+            bell = tile.instruction("neg.f32 $0, $1; ex2.approx.ftz.f32 $0, $0;", exponent)
             t = tile.instruction("rcp.approx.ftz.f32 $0, $1;", t)
-        polynomial, *coefficients = (constant(0.5 * coefficient) for coefficient in ERFC)
+        polynomial, *coefficients = (constant(TAIL_SCALE * coefficient) for coefficient in coefficients)
         for coefficient in coefficients:
             polynomial = self.fma(polynomial, t, coefficient)
         tail = polynomial * (t * bell)
-        below = jnp.where(x < 0, tail, 1 - tail)
-        return x * below, self.fma(x * (2 * math.pi) ** -0.5, bell, below)
+        below = jnp.where(x < 0, tail, 1 / GELU_SCALE - tail)
+        return x * below, self.fma(x, bell, below)
+
+
+def bounded(value: Array, count: int) -> Array:
+    """A number that is less than `count`, so that the compiler knows it: addresses then differ by constants."""
+    return value & (power_of_two(count) - 1)
 
 
 def chosen(condition: Array | None, row: Row, other: Row) -> Row:
@@ -225,6 +273,10 @@ def _ones(count: int) -> np.int32:
     return np.uint32((1 << count) - 1).astype(np.int32)
 
 
+def _bits(row: Row) -> Array:
+    return lax.bitcast_convert_type(row, jnp.int32)
+
+
 def _bit(word: Array, number: int) -> Array:
     return (word & np.uint32(1 << number).astype(np.int32)) != 0
 
@@ -250,6 +302,7 @@ class Chunk(NamedTuple):
     text: Array
     number: Array
     start: Array
+    words: Array  # the first of its slopes
     window: list[Row]  # beyond the ends, any row there is
     member: Member
     several: Array
@@ -259,12 +312,18 @@ class Chunk(NamedTuple):
     def of(spec: Spec, segments: Segments, text: Array, number: Array, before: list[Row], ahead: Ahead) -> "Chunk":
         """The chunk of that number; `before`: the 2 `reach` rows that its window shares with the previous one's."""
         window = before + [row.astype(jnp.float32) for row in ahead.rows]
-        return Chunk(text, number, number * spec.walk.chunk, window, ahead.member, ahead.several, segments)
+        number = bounded(number, spec.chunks)
+        words = number * (spec.walk.chunk // spec.per_word)
+        return Chunk(text, number, number * spec.walk.chunk, words, window, ahead.member, ahead.several, segments)
 
-    def each_segment(self, spec: Spec, body: Callable[[Conditions, Conditions, Any], Any], carry: Any) -> Any:
-        """body(which rows of the window, which positions, carry) for each of the chunk's segments.
+    def each_segment(
+        self, spec: Spec, body: Callable[[Conditions, Conditions, Any], Any], carry: Any, ask: Callable[[], Any]
+    ) -> tuple[Any, Any]:
+        """body(which rows of the window, which positions, carry) for each of the chunk's segments; what `ask` reads.
 
         Where the whole window is one segment, as nearly everywhere, nothing is tested: None stands for each condition.
+        There `ask` reads for the next chunk while this one is computed. (In front of the branch it would not: there the
+        compiler copies what it will carry on, and so waits for it.)
         """
 
         def of_segment(g: Array, carry: Any) -> Any:
@@ -272,22 +331,34 @@ class Chunk(NamedTuple):
             following = Member.load(spec, self.segments, self.text, self.number, g + 1)
             return following, body(member.rows(len(self.window)), member.positions(spec.walk.chunk), carry)
 
+        def whole(carry: Any) -> tuple[Any, Any]:
+            asked = ask()
+            return body([None] * rows, [None] * positions, carry), asked
+
+        def mixed(carry: Any) -> tuple[Any, Any]:
+            member = Member.load(spec, self.segments, self.text, self.number, 0)
+            return lax.fori_loop(0, self.several, of_segment, (member, carry))[1], ask()
+
         rows, positions = len(self.window), spec.walk.chunk
-        return lax.cond(
-            self.member.whole(rows, positions),
-            lambda carry: body([None] * rows, [None] * positions, carry),
-            lambda carry: lax.fori_loop(0, self.several, of_segment, (self.member, carry))[1],
-            carry,
-        )
+        return lax.cond(self.member.whole(rows, positions), whole, mixed, carry)
 
 
 def raw_rows(at: Program, x_ref, text: Array, first: Array, count: int) -> list[Array]:
     """Rows of x from a position on, as they lie in memory; beyond the ends, any row there is."""
-    return [at.raw(x_ref, text, jnp.clip(first + step, 0, at.spec.length - 1)) for step in range(count)]
+    spec, size = at.spec, at.spec.walk.chunk
+    if spec.whole_chunks and spec.reach % size == 0:
+        places = [
+            jnp.clip(first + group, 0, spec.length - size) + step
+            for group in range(0, count, size)
+            for step in range(size)
+        ]
+    else:
+        places = [jnp.clip(first + step, 0, spec.length - 1) for step in range(count)]
+    return [at.raw(x_ref, text, place) for place in places]
 
 
-def convolved(at: Program, weights: Weights, chunk: Chunk) -> list[list[Row]]:
-    """For each convolution, its value at each position of the chunk, the bias included."""
+def convolved(at: Program, weights: Weights, chunk: Chunk, ask: Callable[[], Any]) -> tuple[list[list[Row]], Any]:
+    """For each convolution, its value at each position of the chunk, the bias included; and what `ask` reads."""
     spec, size = at.spec, at.spec.walk.chunk
 
     def of_segment(sees: Conditions, owns: Conditions, sums: list[list[Row]]) -> list[list[Row]]:
@@ -299,4 +370,4 @@ def convolved(at: Program, weights: Weights, chunk: Chunk) -> list[list[Row]]:
             results.append([chosen(own, new, old) for own, new, old in zip(owns, totals, before, strict=True)])
         return results
 
-    return chunk.each_segment(spec, of_segment, [[bias] * size for bias in weights.biases])
+    return chunk.each_segment(spec, of_segment, [[bias] * size for bias in weights.biases], ask)

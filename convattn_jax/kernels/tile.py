@@ -205,10 +205,12 @@ def again(spec: Spec, side: "Side") -> "Side":
     return dataclasses.replace(side, given=ids)
 
 
-def instruction(asm: str, *args: Array) -> Array:
-    """Instructions of the machine on each element, $0 the float32 result; not for the interpreter."""
-    result = jax.ShapeDtypeStruct(args[0].shape, jnp.float32)
-    constraints = ",".join(["=&f", *("f" if x.dtype == jnp.float32 else "r" for x in args)])
+def instruction(asm: str, *args: Array, dtype=jnp.float32) -> Array:
+    """Instructions of the machine on each element, $0 the result, of 32 bits; not for the interpreter."""
+    result = jax.ShapeDtypeStruct(args[0].shape, dtype)
+    constraints = ",".join(
+        ["=&f" if dtype == jnp.float32 else "=&r", *("f" if x.dtype == jnp.float32 else "r" for x in args)]
+    )
     return plgpu.elementwise_inline_asm(asm, args=args, constraints=constraints, pack=1, result_shape_dtypes=[result])[
         0
     ]
