@@ -1,5 +1,7 @@
 """What the tests of the fused kernels share: cases, the definition in float64, agreement with gradients included."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,7 +10,6 @@ from convattn_jax.model.dropout import keep_pairs
 
 B, H = 2, 2
 TAPS = ("fixed", "dynamic_query", "dynamic_key")
-QUERY_SIDE = ("fixed", "dynamic_query")
 SEED = np.array([3, 99], np.uint32)
 
 
@@ -64,15 +65,21 @@ def plain(q, k, v, fixed=None, dynamic_query=None, dynamic_key=None, content=Tru
     return jnp.einsum("bhts,bshk->bthk", weights, v)
 
 
-def with_gradients(function, rows, taps, g, segments=None, **options):
-    """Output, gradients of q, k, v and of the taps, as NumPy arrays."""
+@functools.cache
+def _program(function, options):
+    """Compiled once for every test that asks for the same."""
 
     @jax.jit
     def run(rows, taps, g, segments):
-        options["segments"] = segments
-        out, pull = jax.vjp(lambda rows, taps: function(*rows, **taps, **options), rows, taps)
+        out, pull = jax.vjp(lambda rows, taps: function(*rows, **taps, segments=segments, **dict(options)), rows, taps)
         return out, pull(g)
 
+    return run
+
+
+def with_gradients(function, rows, taps, g, segments=None, **options):
+    """Output, gradients of q, k, v and of the taps, as NumPy arrays."""
+    run = _program(function, tuple(sorted(options.items())))
     return jax.tree.map(np.asarray, run(rows, taps, g, segments))
 
 
@@ -83,10 +90,10 @@ def assert_close(ours, exact, tolerance, slack=1e-6):
         assert difference <= tolerance * np.linalg.norm(b) + slack, jax.tree_util.keystr(path)
 
 
-def check_against_float64(kernel, T, taps=TAPS, tolerance=1e-5, dtype="float32", K=8, W=7, slack=1e-6, **options):
-    """Output and gradients of `kernel`, which agree with those of the definition."""
+def check_against_float64(kernel, own, T, taps=TAPS, tolerance=1e-5, dtype="float32", K=8, W=7, slack=1e-6, **options):
+    """Output and gradients of `kernel`, which agree with those of the definition; `own`: options it alone has."""
     rows, learned, g = draw(T, K, W, taps, dtype=dtype)
-    ours = with_gradients(kernel, rows, learned, g, **options)
+    ours = with_gradients(kernel, rows, learned, g, **own, **options)
     with jax.enable_x64(True), jax.default_device(jax.devices("cpu")[0]):
         wide = jax.tree.map(lambda x: jnp.asarray(np.asarray(x, np.float64)), (rows, learned, g))
         exact = with_gradients(plain, *wide, **options)

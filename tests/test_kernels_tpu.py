@@ -40,7 +40,7 @@ def kernel(*qkv, segments=None, rate=0.0, edge=EDGE, scale=0.4, seed=SEED, **kwa
 
 
 def check_against_float64(*args, edge=EDGE, **options):
-    return kernel_cases.check_against_float64(functools.partial(kernel, edge=edge), *args, **options)
+    return kernel_cases.check_against_float64(kernel, {"edge": edge}, *args, **options)
 
 
 # --- values and gradients --------------------------------------------------------------------------------------------
