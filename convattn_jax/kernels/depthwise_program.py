@@ -139,14 +139,14 @@ class Program:
         """A row of zeros."""
         return jnp.zeros((self.spec.walk.channels,), jnp.float32)
 
-    def at(self, ref, text: Array, place: Array) -> Leaf:
-        """The channels of a position."""
+    def block(self, ref, text: Array, place: Array) -> Leaf:
+        """The program's channels of a position."""
         text = self.text + bounded(text, self.spec.walk.texts)
         return ref.at[text, place, pl.ds(self.channel, self.spec.walk.channels)]
 
     def raw(self, ref, text: Array, place: Array) -> Array:
         """The row of a position as it lies in memory."""
-        row = self.at(ref, text, place)
+        row = self.block(ref, text, place)
         return row[...] if self.exists is None else plgpu.load(row, mask=self.exists, other=0)
 
     def load(self, ref, text: Array, place: Array) -> Row:
@@ -159,7 +159,7 @@ class Program:
         if where is not None:
             where = jnp.broadcast_to(where, row.shape)
             mask = where if mask is None else where & mask
-        plgpu.store(self.at(ref, text, place), row.astype(ref.dtype), mask=mask)
+        plgpu.store(self.block(ref, text, place), row.astype(ref.dtype), mask=mask)
 
     def packed(self, rows: Sequence[Row]) -> Array:
         """What `spec.per_word` rows are in memory as words: bfloat16 side by side, the first one lower."""
