@@ -358,6 +358,20 @@ def test_lines_are_told_apart_without_colour():
 HOSTILE = '<script>alert("x")</script>$\\frac{&$'
 
 
+def test_a_curve_far_above_the_others_does_not_flatten_their_second_half(tmp_path, monkeypatch):
+    curves = {"far": [6.2, 6.0], "near": [3.6, 3.5], "nearer": [3.5, 3.4], "nearest": [3.3, 3.1]}
+    groups = {name: [runs.Run(name, name, 0, tmp_path, {}, [(4.0, a), (6.0, b)])] for name, (a, b) in curves.items()}
+    drawn = []
+    monkeypatch.setattr(
+        figures, "lines", lambda curves, *_: drawn.append(set(curves)) or figures.Drawing("data:image/svg", 1, 1)
+    )
+    whole, late = pictures.losses(runs.Comparison(groups, "far", "")).pictures
+    assert drawn == [set(curves), set(curves) - {"far"}]
+    assert late.title.endswith("without “far”")
+    assert "far ends at 6.000" in late.words
+    assert "far" not in whole.title
+
+
 def test_hostile_run_folders_stay_text(tmp_path):
     folder = tmp_path / "runs"
     for name in ("a", "b"):

@@ -19,6 +19,7 @@ from convattn_jax.statistics import Interval
 from convattn_jax.taps import FLAT, centred
 
 WIDTH = 4.6  # inches: as wide as a phone shows without loss
+LONGEST_OF_TWO = 24  # characters of a name, where the legend has two columns
 COLOURS = ("#1f6fb4", "#d9601a", "#2a8f5b", "#8a4fbf", "#b8860b", "#c2376f", "#3b3f46", "#4aa3a2")
 MARKERS = "osD^vPX*<>ph"
 DASHES: tuple[Any, ...] = ("-", (0, (5, 2)), (0, (1, 1.2)), (0, (5, 1.5, 1, 1.5)), (0, (8, 2, 2, 2)))
@@ -49,11 +50,12 @@ def lines(
 ) -> Drawing:
     """One line a variant, with few markers; the legend below is in the order of the lines' ends."""
     ends = sorted((name for name in curves if curves[name]), key=lambda name: -curves[name][-1][1])
-    rows = -(-len(ends) // 2)
-    height = 3.1 + 0.19 * rows
+    columns = 2 if max(map(len, ends), default=0) <= LONGEST_OF_TWO else 1
+    rows = -(-len(ends) // columns)
+    height = 3.0 + 0.165 * rows
 
     def draw(figure: Figure) -> None:
-        axes: Any = figure.add_axes((0.12, (0.62 + 0.19 * rows) / height, 0.85, 2.15 / height))
+        axes: Any = figure.add_axes((0.12, (0.6 + 0.165 * rows) / height, 0.85, 2.15 / height))
         for name in ends:
             points = np.asarray(curves[name], np.float64)
             every = max(1, len(points) // 6)
@@ -67,7 +69,7 @@ def lines(
         axes.tick_params(labelsize=8, length=0, labelcolor=INK)
         axes.spines[:].set_visible(False)
         figure.legend(
-            loc="lower left", bbox_to_anchor=(0.02, 0.0), ncols=2, fontsize=8, frameon=False, handlelength=3.2
+            loc="lower left", bbox_to_anchor=(0.02, 0.0), ncols=columns, fontsize=8, frameon=False, handlelength=3.2
         )
 
     return _drawn(draw, WIDTH, height)

@@ -60,10 +60,23 @@ def losses(c: Comparison) -> Gallery:
         pictures.append(Picture(drawing, "all of training", words))
         late = {name: [p for p in curve if p[0] >= curve[-1][0] / 2] for name, curve in drawn.items()}
         if all(len(curve) > 1 for curve in late.values()):
-            drawing = figures.lines(late, styles(c), "step", "held-out loss, nat")
-            pictures.append(Picture(drawing, "its second half", words))
+            near = _near(late)
+            drawing = figures.lines(near, styles(c), "step", "held-out loss, nat")
+            far = ", ".join(f"“{name}”" for name in late if name not in near)
+            pictures.append(Picture(drawing, f"its second half{far and f', without {far}'}", words))
     about = "Mean over pre-training seeds. Lines differ in marker and dashes; the legend is in the order of their ends."
     return Gallery("Loss curves", about, pictures, _by_reason(lacking))
+
+
+def _near(curves: Mapping[str, figures.Curve]) -> dict[str, figures.Curve]:
+    """Without those that end so far above the rest that the differences of the rest could not be seen beside them."""
+    near = dict(sorted(curves.items(), key=lambda item: -item[1][-1][1]))
+    while len(near) > 2:
+        first, second, *_, last = (curve[-1][1] for curve in near.values())
+        if first - second <= second - last:
+            break
+        del near[next(iter(near))]
+    return near
 
 
 def differences(c: Comparison) -> Gallery:
