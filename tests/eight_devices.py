@@ -20,7 +20,7 @@ from convattn_jax.train import TrainState
 
 SIZE = 40
 ROWS = np.random.default_rng(0).integers(5, SIZE, (2, 8, 16)).astype(np.uint16)
-MESHES = [(8, 1, 1), (1, 8, 1), (1, 1, 8), (2, 2, 2)]
+MESHES = [(1, 8, 1), (1, 1, 8), (2, 2, 2)]  # the batch is over data and fsdp alike
 # all four terms: taps of heads, shared taps and segments cross the map; dropout depends on global rows and heads
 SHAPE = {
     "model__layers": 1,

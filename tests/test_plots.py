@@ -1,9 +1,11 @@
+import itertools
 import os
 import subprocess
 import sys
 
 import numpy as np
 import pytest
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 
@@ -96,6 +98,19 @@ def test_one_panel_per_layer_and_head_shows_the_centred_taps(tmp_path, figures):
     assert {"a title", "fixed kernel", "query-dynamic kernel", "layer 3", "head 2"} <= set(texts(figure))
     ticks = [label.get_text() for label in figure.axes[-1].get_xticklabels()]
     assert ticks == ["≤−4", "−2", "0", "+2", "≥4"]
+
+
+def test_long_words_of_a_head_end_where_the_next_begin(tmp_path, figures):
+    places = np.arange(-32, 33)
+    taps = 3.0 * ((places > 2) & (places < 16)) - 3.0 * ((places >= 0) & (places < 2))
+    plot_kernels(
+        {"fixed": kernel(1, 4, taps), "dynamic_query": kernel(1, 4, taps)}, tmp_path / "kernels.png", "a title"
+    )
+    (figure,) = figures
+    renderer = FigureCanvasAgg(figure).get_renderer()
+    boxes = [axes.texts[0].get_window_extent(renderer) for axes in figure.axes]
+    assert texts(figure.axes[0])[0] == "3–15 ahead, not 0 to +1"
+    assert all(one.x1 < other.x0 for one, other in itertools.pairwise(boxes))
 
 
 def test_the_y_axis_is_shared_within_a_term(tmp_path, figures):

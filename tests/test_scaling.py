@@ -46,6 +46,7 @@ def test_ratios_are_taken_within_a_turn_to_the_first_and_to_the_slowest_device()
     assert found["tokens_per_second"] == [32, 32]
 
 
+@pytest.mark.slow  # the benchmark of two processes; that they train as one does is in test_distributed.py
 def test_the_benchmark_leaves_a_record_of_each_mesh(tmp_path):
     arguments = ["--devices=2", "--meshes=fsdp", "--sizes=tiny", "--rows=2", "--length=16", "--vocabulary=60"]
     arguments += ["--turns=2", "--steps=1"]

@@ -83,7 +83,7 @@ def named(choice):
 # The first choices hold most pairs of axes; layers meet all of them in test_mixers.py.
 @pytest.mark.parametrize(
     "choice",
-    [pytest.param(c, id=named(c), marks=[pytest.mark.slow] if i >= 8 else []) for i, c in enumerate(choices())],
+    [pytest.param(c, id=named(c), marks=[pytest.mark.slow] if i >= 4 else []) for i, c in enumerate(choices())],
 )
 def test_any_combination_takes_a_step(choice):
     loss = losses(MaskedLM(harness.tiny_config(**layer_changes(choice)), VOCABULARY), steps=2)
