@@ -16,7 +16,7 @@ import ml_collections
 import numpy as np
 from etils import epath
 
-from convattn_jax import memory
+from convattn_jax import memory, origin
 from convattn_jax.account import KINDS, Account
 from convattn_jax.config import UserError, check, check_choice, from_config, to_plain
 from convattn_jax.console import Console, duration
@@ -89,6 +89,8 @@ def run(config: ml_collections.ConfigDict, workdir: str, console: Console | None
         finetunings = [
             TaskRun(c.glue, task, data[task.name], pretrained, trainer, folder, console, account) for task in tasks
         ]
+        if training := [run.task.name for run in finetunings if run.missing()]:
+            folder.started({"tasks": training, **origin.facts()})
         for finetuning in finetunings:  # the compiler is at work on later tasks while the first ones train
             finetuning.compile_ahead()
         with memory.explained(lambda: out_of_memory(c.glue)):

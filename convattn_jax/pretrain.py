@@ -21,6 +21,7 @@ from convattn_jax import (
     events,
     interrupt,
     memory,
+    origin,
     sharding,
     train,
 )
@@ -220,6 +221,8 @@ class _Run:
                 step, c.train.steps, row["loss"], row.get("eval_loss"), row["tokens_per_second"], left
             )
 
+        if distributed.first_process():
+            self.folder.started({"step": started_at, **origin.facts()})
         self.console.message(f"compiling for {self.mesh.size} x {jax.devices()[0].device_kind}")
         with (
             watched(c.watchdog.frozen_seconds) as alive,

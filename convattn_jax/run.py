@@ -22,7 +22,7 @@ LOOKS = 20.0  # seconds between two looks at who owns a folder in a bucket, each
 
 
 class RunFolder:
-    """config.json, data.json, metrics.jsonl, summary.json and checkpoints/ of one run."""
+    """config.json, data.json, starts.jsonl, metrics.jsonl, summary.json and checkpoints/ of one run."""
 
     def __init__(self, path: epath.PathLike):
         self.path = bucket.opened(path)
@@ -53,6 +53,10 @@ class RunFolder:
         if changes:
             _add_lines(self.path / "changes.jsonl", map(dataclasses.asdict, changes))
             self.write("config", config)
+
+    def started(self, facts: Mapping[str, Any]) -> None:
+        """Adds a line to starts.jsonl: since when, and by what, what follows is made."""
+        _add_lines(self.path / "starts.jsonl", [facts])
 
     def check_writable(self) -> None:
         """Raises a `UserError` unless files can be made in the folder; leaves nothing behind."""

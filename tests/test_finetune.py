@@ -133,7 +133,7 @@ def assert_same(a, b):
 
 def test_the_folder_beside_the_run_holds_the_results_and_nothing_more(home, probed):
     assert {path.name for path in probed.iterdir()} == {
-        *("config.json", "tokenizer.model", "tokenizer.json", "tasks", "checkpoints"),
+        *("config.json", "starts.jsonl", "tokenizer.model", "tokenizer.json", "tasks", "checkpoints"),
         *("results.json", "statistics.json", "results.md", "results.png"),
     }
     table = results_of(probed)
@@ -158,6 +158,7 @@ def test_a_second_call_trains_nothing_and_writes_the_same(home, copy, probed, no
     start(home, *PROBE, f"--workdir={copy}")
     assert results_of(copy) == results_of(probed)
     assert (copy / "results.png").exists()
+    assert (copy / "starts.jsonl").read_text() == (probed / "starts.jsonl").read_text()
 
 
 def test_a_call_for_another_task_keeps_what_is_there(home, copy, probed, capsys):
@@ -167,6 +168,8 @@ def test_a_call_for_another_task_keeps_what_is_there(home, copy, probed, capsys)
     assert table == results_of(probed) | {"adjacent": {"accuracy": [table["adjacent"]["accuracy"][0]]}}
     assert "| adjacent | accuracy |" in (copy / "results.md").read_text()
     assert str(copy / "results.json") in capsys.readouterr().out
+    began = [json.loads(line)["tasks"] for line in (copy / "starts.jsonl").read_text().splitlines()]
+    assert began == [["word_order"], ["adjacent"]]
 
 
 def test_seeds_that_are_stopped_or_killed_within_a_task_end_as_if_they_had_not_been(

@@ -60,6 +60,10 @@ def state(run, step=STEPS):
     return found
 
 
+def starts(folder) -> list[dict]:
+    return [json.loads(line) for line in (folder / "starts.jsonl").read_text().splitlines()]
+
+
 def assert_same_run(a, b):
     """Parameters, optimizer state and every logged figure but times are bit-identical."""
     x, y = state(a), state(b)
@@ -75,7 +79,7 @@ def assert_same_run(a, b):
 def test_the_run_folder_holds_what_a_person_looks_for(run):
     names = {path.name for path in run.iterdir()}
     assert names == {
-        *("config.json", "data.json", "metrics.jsonl", "summary.json"),
+        *("config.json", "data.json", "starts.jsonl", "metrics.jsonl", "summary.json"),
         *("loss.png", "kernels.png", "kernels.npz", "tokenizer.model", "tokenizer.json", "checkpoints", "events"),
     }
     assert json.loads((run / "config.json").read_text())["model"]["scores"] == ["content", "fixed", "dynamic_query"]
@@ -101,6 +105,7 @@ def test_a_finished_run_started_again_says_so_and_changes_nothing(home, copy, ru
     assert f"finished: checkpoint {STEPS} and its files are whole" in said
     assert str(copy) in said
     assert_same_run(copy, run)
+    assert [row["step"] for row in starts(copy)] == [0]
 
 
 def test_a_finished_run_with_a_damaged_checkpoint_is_finished_again(home, copy, run, capsys):
@@ -178,6 +183,9 @@ def test_a_run_stopped_by_a_signal_saves_at_that_step_and_ends_like_one_never_in
     start(home, stopped)
     assert f"resumed from step {step}" in capsys.readouterr().out
     assert_same_run(stopped, run)
+    began = starts(stopped)
+    assert [row["step"] for row in began][::2] == [0, step]
+    assert len({row["code"] for row in began}) == 1
     account = json.loads((stopped / "summary.json").read_text())["account"]
     assert account["lost"] > 0
     assert set(account) == set(KINDS)

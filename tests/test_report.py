@@ -208,6 +208,20 @@ def test_unequal_conditions_are_said(tmp_path):
     assert found[-1] == "Hardware: 1 x cpu, JAX 0."
 
 
+def test_the_code_of_the_runs_is_said(tmp_path):
+    def said(*starts: str) -> str:
+        write(pretraining(tmp_path / "a", 3.0) / "starts.jsonl", "".join(starts))
+        return tables.notes(runs.collect([str(tmp_path)]))[-1]
+
+    one, same = ('{"commit": "c1", "code": "d1"}\n', '{"commit": "c1", "code": "d1", "step": 3}\n')
+    assert said(one, same) == "Code: c1."
+    changed, unknown = ('{"commit": "c1+changes", "code": "d2"}\n', '{"commit": null, "code": "d3"}\n')
+    assert said(one, changed, unknown, "[cut") == "Code: c1, then c1+changes (d2), then d3."
+    for name in "bc":
+        pretraining(tmp_path / name, 3.1)
+    assert said(one) == "Code (runs): not noted (2); c1 (1)."
+
+
 def test_single_runs_are_grouped_by_their_settings(tmp_path):
     for folder, seed, changes in (("x-0", 0, {}), ("x-1", 1, {}), ("y", 2, {"model__radius": 1})):
         run = pretraining(tmp_path / folder, 3.0)

@@ -61,10 +61,14 @@ class TaskRun:
             self._train(group)
         self._predict_tests()
 
+    def missing(self) -> list[int]:
+        """The seeds that are asked for and not finished."""
+        ended = finished.seeds(self.folder, self.task)
+        return [seed for seed in self.c.seeds_of(self.task) if seed not in ended]
+
     def _groups(self) -> list[list[int]]:
-        """The seeds that are not finished, those together that train together."""
-        ended, asked = finished.seeds(self.folder, self.task), self.c.seeds_of(self.task)
-        missing = [seed for seed in asked if seed not in ended]
+        """Them, those together that train together."""
+        asked, missing = self.c.seeds_of(self.task), self.missing()
         begun = unfinished.begun(self.folder, self.task)
         as_begun = set(begun.get("seeds", ())) <= set(asked) and begun == self._group(begun.get("seeds", ()))
         before = begun["seeds"] if as_begun else []

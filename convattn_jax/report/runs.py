@@ -13,6 +13,7 @@ from typing import Any
 
 from convattn_jax.config import UserError, check, check_choice, flatten
 from convattn_jax.glue.tasks import TASKS
+from convattn_jax.origin import CHANGED
 from convattn_jax.resume import FREE, completed
 
 LONGEST = 80  # characters of a name
@@ -28,6 +29,7 @@ class Run:
     Attributes:
       curve: (step, held-out loss), rising.
       figures: numbers of summary.json.
+      code: what trained it: the commit, beside the code's digest where that says more; '' where it was not noted.
       tasks: task -> main metric, one value a fine-tuning seed.
       by_label: task -> label -> (rows, rows predicted right), over all fine-tuning seeds.
       lengths: row length -> held-out loss; None where the model cannot be evaluated there.
@@ -45,6 +47,7 @@ class Run:
     curve: list[tuple[float, float]] = dataclasses.field(default_factory=list)
     figures: dict[str, float] = dataclasses.field(default_factory=dict)
     hardware: str = ""
+    code: str = ""
     fingerprint: str = ""
     tasks: dict[str, list[float]] = dataclasses.field(default_factory=dict)
     by_label: dict[str, dict[int, tuple[int, int]]] = dataclasses.field(default_factory=dict)
@@ -178,6 +181,7 @@ def _read(folder: pathlib.Path, config: dict[str, Any], variant: str = "", seed:
     summary = read_object(folder / "summary.json")
     run.figures = {key: value for key, raw in summary.items() if (value := _number(raw)) is not None}
     run.hardware = text_of(summary.get("hardware"))
+    run.code = ", then ".join(dict.fromkeys(filter(None, map(_code, _rows(folder / "starts.jsonl")))))
     run.fingerprint = text_of(read_object(folder / "data.json").get("fingerprint"))
     if not config:
         run.missing.append(NOT_STARTED)
@@ -313,6 +317,12 @@ def read_object(path: pathlib.Path) -> dict[str, Any]:
     except (OSError, ValueError, RecursionError):
         return {}
     return value if isinstance(value, dict) else {}
+
+
+def _code(start: dict[str, Any]) -> str:
+    """The code of a start; a commit says all, unless its files had been changed."""
+    commit, digest = text_of(start.get("commit")), text_of(start.get("code"))
+    return commit if commit and not commit.endswith(CHANGED) else f"{commit} ({digest})" if commit else digest
 
 
 def _rows(path: pathlib.Path) -> Iterator[dict[str, Any]]:

@@ -1,5 +1,6 @@
 """What is compared, as tables of text with a number to sort by; HTML and Markdown are made of the same ones."""
 
+import collections
 import dataclasses
 import math
 import statistics as stats
@@ -237,6 +238,10 @@ def notes(c: Comparison) -> list[str]:
     machines = sorted({run.hardware for run in c.runs() if run.hardware})
     if machines:
         found.append(f"Hardware: {'; '.join(machines)}.")
+    code = collections.Counter(run.code for run in c.runs() if run.curve)
+    if any(code):
+        told = [f"{name or 'not noted'} ({count})" for name, count in code.most_common()]
+        found.append(f"Code (runs): {'; '.join(told)}." if len(code) > 1 else f"Code: {next(iter(code))}.")
     return found
 
 
