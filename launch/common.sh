@@ -52,6 +52,14 @@ whole() {
     done
 }
 
+# Stops with one line unless every setting named is of the characters that names, paths and image references have.
+plain() {
+    local name
+    for name in "$@"; do
+        [[ ${!name:-} =~ ^[A-Za-z0-9._:/@,-]*$ ]] || fail "$name=${!name} has a character that no name has"
+    done
+}
+
 # Stops with one line unless every setting named is yes or no.
 yes_or_no() {
     local name
@@ -60,14 +68,31 @@ yes_or_no() {
     done
 }
 
-# Takes --help and --dry-run off the front of the arguments; what is left is in `words`.
+# Takes --help and --dry-run out of the arguments, wherever they stand; what is left is in `words`.
 options() {
-    while (($#)); do
-        case $1 in
+    local word
+    words=()
+    for word in "$@"; do
+        case $word in
             --help | -h) usage && exit ;;
-            --dry-run) dry_run=yes && shift ;;
-            *) break ;;
+            --dry-run) dry_run=yes ;;
+            *) words+=("$word") ;;
         esac
     done
-    words=("$@")
+}
+
+# Stops with one line unless the words, the arguments of convattn_jax.main, say what is to be run.
+need_config() {
+    local word
+    for word in "$@"; do
+        case $word in --config | --config=?*) return ;; esac
+    done
+    fail 'what is to be run? such as --config=configs/composite.py (see --help)'
+}
+
+# Stops with one line if anything stands behind a step that takes nothing.
+need_nothing() {
+    local step=$1
+    shift
+    (($# == 0)) || fail "$step takes no arguments, such as $1 (see --help)"
 }

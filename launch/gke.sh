@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # A run on a TPU slice of a GKE cluster that has JobSet: the pods of launch/jobset.yaml, which resume after preemption.
 # shellcheck source=launch/common.sh
-source "$(dirname "$0")/common.sh"
+source "$(dirname "$(readlink -f "$0")")/common.sh"
 
 usage() {
     cat <<'HELP'
@@ -58,7 +58,7 @@ manifest() {
 
 run_jobset() {
     local chips
-    [[ $TOPOLOGY =~ ^[0-9]+(x[0-9]+)+$ ]] || fail "TOPOLOGY=$TOPOLOGY is none: write it as 4x4 or 2x2x4"
+    [[ $TOPOLOGY =~ ^[1-9][0-9]{0,3}(x[1-9][0-9]{0,3})+$ ]] || fail "TOPOLOGY=$TOPOLOGY is none: write it as 4x4 or 2x2x4"
     chips=$((${TOPOLOGY//x/*}))
     ((chips % CHIPS == 0)) || fail "TOPOLOGY=$TOPOLOGY has $chips chips, which hosts of CHIPS=$CHIPS don't make up"
     [[ " $* " == *" --workdir=gs://"* ]] || fail '--workdir is not on gs://: the run would be lost with its pods'
@@ -97,12 +97,19 @@ case $step in
     '') fail 'which step? build, run, log or delete (see --help)' ;;
     *) fail "$step is no step: build, run, log or delete (see --help)" ;;
 esac
+plain IMAGE TYPE NAME NAMESPACE SERVICE_ACCOUNT
+[[ $NAME =~ ^[a-z]([a-z0-9-]*[a-z0-9])?$ ]] || fail "NAME=$NAME must be of small letters, digits and -, a letter first"
+arguments=("${words[@]:1}")
+case $step in
+    run) need_config ${arguments[@]+"${arguments[@]}"} ;;
+    *) need_nothing "$step" ${arguments[@]+"${arguments[@]}"} ;;
+esac
 case $step in
     build)
         run docker build --platform=linux/amd64 --file="$repository/launch/Dockerfile" --tag="$IMAGE" "$repository"
         run docker push "$IMAGE"
         ;;
-    run) run_jobset "${words[@]:1}" ;;
+    run) run_jobset "${arguments[@]}" ;;
     log) follow ;;
     delete) run kubectl delete jobset "$NAME" "$namespace" ;;
 esac

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # A run on this machine, from a fresh clone: makes .venv once, then uses all devices there are.
 # shellcheck source=launch/common.sh
-source "$(dirname "$0")/common.sh"
+source "$(dirname "$(readlink -f "$0")")/common.sh"
 
 usage() {
     cat <<'HELP'
@@ -9,7 +9,7 @@ usage: [SETTING=VALUE ...] launch/local.sh [--dry-run] ARGUMENTS
 
   launch/local.sh --config=configs/composite.py
 
-installs this code in .venv the first time, and runs python -m convattn_jax.main ARGUMENTS.
+installs this code in .venv, the first time and for other EXTRAS, and runs python -m convattn_jax.main ARGUMENTS.
 
 settings
   EXTRAS     what to install with it: cuda, tpu, gcs, ... (commas between)  [cuda where there is an NVIDIA GPU]
@@ -23,17 +23,20 @@ HELP
 }
 
 options "$@"
-((${#words[@]})) || fail 'what is to be run? such as --config=configs/composite.py (see --help)'
+need_config ${words[@]+"${words[@]}"}
 PROCESSES=${PROCESSES:-1} PORT=${PORT:-12355}
 whole PROCESSES=1 PORT=1
+((PORT <= 65535)) || fail "PORT=$PORT is above 65535, the last there is"
+plain EXTRAS
 if [[ -n ${DEVICES:-} ]]; then whole DEVICES=1; fi
 if [[ -z ${EXTRAS+set} ]] && command -v nvidia-smi > /dev/null; then EXTRAS=cuda; fi
 
 run cd "$repository"
-if [[ ! -e $repository/.venv/installed ]]; then
+installed=.venv/installed${EXTRAS:+-$EXTRAS}
+if [[ ! -e $repository/$installed ]]; then
     run python3 -m venv .venv
     run .venv/bin/python -m pip install --quiet --editable ".${EXTRAS:+[$EXTRAS]}"
-    run touch .venv/installed
+    run touch "$installed"
 fi
 
 main=(.venv/bin/python -m convattn_jax.main "${words[@]}")

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # A run on the TPU VMs of one Cloud TPU slice, from asking for it to its last line, preempted or not.
 # shellcheck source=launch/common.sh
-source "$(dirname "$0")/common.sh"
+source "$(dirname "$(readlink -f "$0")")/common.sh"
 
 usage() {
     cat <<'HELP'
@@ -211,7 +211,12 @@ case $step in
     *) fail "$step is no step: train, create, wait, copy, install, run, log or delete (see --help)" ;;
 esac
 if [[ $step == create || $step == train ]]; then need TYPE; fi
+plain ZONE TYPE NAME PROJECT VERSION
 arguments=("${words[@]:1}")
+case $step in
+    train | run) need_config ${arguments[@]+"${arguments[@]}"} ;;
+    *) need_nothing "$step" ${arguments[@]+"${arguments[@]}"} ;;
+esac
 case $step in
     wait) await ;;
     install) install_code ;;

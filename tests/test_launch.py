@@ -81,6 +81,17 @@ def test_a_dry_run_runs_nothing_and_prints_what_can_be_pasted(stage, name):
     assert real
 
 
+@pytest.mark.parametrize("option", ["--dry-run", "--help"])
+@pytest.mark.parametrize("name", [*STEPS, "local", "slurm submission"])
+def test_an_option_holds_wherever_it_stands(stage, name, option):
+    """Or else `tpu_vm.sh delete --dry-run` would delete."""
+    outside_a_job = {"local": ("local.sh", ARGUMENTS, {}), "slurm submission": ("slurm.sbatch", ARGUMENTS, {})}
+    script, words, settings = (STEPS | outside_a_job)[name]
+    first, last = (stage.run(script, *line, cwd=ROOT, **settings) for line in ([option, *words], [*words, option]))
+    assert (last.returncode, last.stdout) == (0, first.stdout)
+    assert not stage.calls()
+
+
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_what_is_missing_is_one_line(stage, script):
     said = stage.run(script)
@@ -95,18 +106,33 @@ def test_what_is_missing_is_one_line(stage, script):
         ("tpu_vm.sh", ["train"], {}, "ZONE is not set"),
         ("tpu_vm.sh", ["create"], {"ZONE": "z"}, "TYPE is not set"),
         ("tpu_vm.sh", ["launch"], TPU, "launch is no step"),
-        ("tpu_vm.sh", ["train", "--workdir=runs/x"], TPU | {"SPOT": "yes"}, "--workdir is not on gs://"),
-        ("gke.sh", ["run", "--workdir=gs://b/x"], {"IMAGE": "i", "TYPE": "t"}, "TOPOLOGY is not set"),
-        ("gke.sh", ["run", "--workdir=gs://b/x"], GKE | {"TOPOLOGY": "16"}, "TOPOLOGY=16 is none"),
-        ("gke.sh", ["run", "--workdir=gs://b/x"], GKE | {"CHIPS": "5"}, "TOPOLOGY=4x4 has 16 chips"),
-        ("gke.sh", ["run", "--workdir=runs/x"], GKE, "--workdir is not on gs://"),
+        ("tpu_vm.sh", ["train", "--config=x", "--workdir=runs/x"], TPU | {"SPOT": "yes"}, "--workdir is not on gs://"),
+        ("gke.sh", ["run", *ARGUMENTS], {"IMAGE": "i", "TYPE": "t"}, "TOPOLOGY is not set"),
+        ("gke.sh", ["run", *ARGUMENTS], GKE | {"TOPOLOGY": "16"}, "TOPOLOGY=16 is none"),
+        ("gke.sh", ["run", *ARGUMENTS], GKE | {"CHIPS": "5"}, "TOPOLOGY=4x4 has 16 chips"),
+        ("gke.sh", ["run", "--config=x", "--workdir=runs/x"], GKE, "--workdir is not on gs://"),
         ("gke.sh", ["apply"], GKE, "apply is no step"),
-        ("gke.sh", ["run", "--workdir=gs://b/x"], GKE | {"CHIPS": "0"}, "CHIPS=0 must be a whole number from 1 on"),
-        ("gke.sh", ["run", "--workdir=gs://b/x"], GKE | {"SPOT": "true"}, "SPOT=true must be yes or no"),
+        ("gke.sh", ["run", *ARGUMENTS], GKE | {"CHIPS": "0"}, "CHIPS=0 must be a whole number from 1 on"),
+        ("gke.sh", ["run", *ARGUMENTS], GKE | {"SPOT": "true"}, "SPOT=true must be yes or no"),
         ("tpu_vm.sh", ["create"], TPU | {"QUEUED": "1"}, "QUEUED=1 must be yes or no"),
         ("tpu_vm.sh", ["log"], TPU | {"WORKER": "all"}, "WORKER=all must be a whole number from 0 on"),
         ("local.sh", ["--config=x"], {"PROCESSES": "abc"}, "PROCESSES=abc must be a whole number from 1 on"),
         ("local.sh", ["--config=x"], {"DEVICES": "08"}, "DEVICES=08 must be a whole number from 1 on"),
+        ("local.sh", ["--config=x"], {"PORT": "99999"}, "PORT=99999 is above 65535"),
+        ("local.sh", ["--config=x"], {"EXTRAS": "cuda]"}, "EXTRAS=cuda] has a character that no name has"),
+        ("local.sh", ["--workdir=x"], {}, "what is to be run?"),
+        ("slurm.sbatch", ["--workdir=x"], {}, "what is to be run?"),
+        ("slurm.sbatch", ["--config=x"], {"NODES": "two"}, "NODES=two must be a whole number from 1 on"),
+        ("tpu_vm.sh", ["train"], TPU, "what is to be run?"),
+        ("tpu_vm.sh", ["run", "--config=", "--config.seed=1"], TPU, "what is to be run?"),
+        ("tpu_vm.sh", ["delete", "other"], TPU, "delete takes no arguments, such as other"),
+        ("tpu_vm.sh", ["create"], TPU | {"NAME": "my slice"}, "NAME=my slice has a character that no name has"),
+        ("gke.sh", ["run", "--workdir=gs://b/x"], GKE, "what is to be run?"),
+        ("gke.sh", ["delete", "--yes"], GKE, "delete takes no arguments, such as --yes"),
+        ("gke.sh", ["run", *ARGUMENTS], GKE | {"TOPOLOGY": "08x4"}, "TOPOLOGY=08x4 is none"),
+        ("gke.sh", ["run", *ARGUMENTS], GKE | {"TOPOLOGY": "0x4"}, "TOPOLOGY=0x4 is none"),
+        ("gke.sh", ["run", *ARGUMENTS], GKE | {"NAME": "Mine"}, "NAME=Mine must be of small letters"),
+        ("gke.sh", ["run", *ARGUMENTS], GKE | {"IMAGE": 'a"b'}, 'IMAGE=a"b has a character that no name has'),
     ],
 )
 def test_wrong_settings_are_one_line_before_anything_is_asked_for(stage, script, words, settings, message):
@@ -142,11 +168,14 @@ def test_a_refused_submission_fails(stage):
     assert stage.run("slurm.sbatch", *ARGUMENTS).returncode == 1
 
 
-@pytest.mark.parametrize(("left", "again"), [("1:29", True), ("0:00", True), ("5:00", False), ("1-02:10:00", False)])
-def test_a_job_whose_time_is_up_queues_again(stage, left, again):
+@pytest.mark.parametrize(
+    ("left", "ran", "again"),
+    [("1:29", 180, True), ("0:00", 9000, True), ("0:30", 100, False), ("3:00", 180, False), ("1-02:10:00", 180, False)],
+)
+def test_a_job_whose_time_is_up_queues_again_unless_that_was_at_once(stage, left, ran, again):
     stage.plan(squeue=[left])
     copy = shutil.copy(LAUNCH / "slurm.sbatch", stage.folder / "slurm_script")  # as SLURM does
-    assert stage.run([copy], *ARGUMENTS, cwd=ROOT, SLURM_JOB_ID="7").returncode == 0
+    assert stage.run([copy], *ARGUMENTS, cwd=ROOT, SLURM_JOB_ID="7", SECONDS=str(ran)).returncode == 0
     srun = ("srun", "--kill-on-bad-exit=1", "python", "-m", "convattn_jax.main", *ARGUMENTS)
     assert stage.calls("srun") == [srun]
     assert stage.calls("scontrol") == ([("scontrol", "requeue", "7")] if again else [])
@@ -267,14 +296,25 @@ def clone(stage):
     return stage.folder / "clone" / "launch" / "local.sh"
 
 
-def test_a_fresh_clone_is_installed_once(stage, clone):
+def test_a_fresh_clone_is_installed_once_for_all_that_is_asked_for(stage, clone):
     (clone.parent.parent / ".venv" / "installed").unlink()
-    for _ in range(2):
-        assert stage.run([clone], *ARGUMENTS, EXTRAS="cuda,gcs").returncode == 0
-    venv, pip, *runs = stage.calls()
-    assert venv == ("python3", "-m", "venv", ".venv")
-    assert pip == ("python", "-m", "pip", "install", "--quiet", "--editable", ".[cuda,gcs]")
-    assert runs == 2 * [("python", "-m", "convattn_jax.main", *ARGUMENTS)]
+    run = ("python", "-m", "convattn_jax.main", *ARGUMENTS)
+    for extras in ("", "cuda,gcs"):
+        stage.forget()
+        for _ in range(2):
+            assert stage.run([clone], *ARGUMENTS, EXTRAS=extras).returncode == 0
+        venv, pip, *runs = stage.calls()
+        assert venv == ("python3", "-m", "venv", ".venv")
+        what = f".[{extras}]" if extras else "."
+        assert pip == ("python", "-m", "pip", "install", "--quiet", "--editable", what)
+        assert runs == [run, run]
+
+
+def test_a_link_to_a_script_finds_the_rest(stage, clone):
+    link = stage.folder / "run-it"
+    link.symlink_to(clone)
+    assert stage.run([link], *ARGUMENTS).returncode == 0
+    assert stage.calls() == [("python", "-m", "convattn_jax.main", *ARGUMENTS)]
 
 
 def test_a_failed_run_fails(stage, clone):
