@@ -150,6 +150,8 @@ def main() -> None:
             jax.distributed.initialize(
                 told["coordinator"], told["processes"], told["process"], cluster_detection_method="deactivate"
             )
+        if jax.default_backend() == "cpu" and os.environ.get("JAX_PLATFORMS") != "cpu":
+            raise RuntimeError("JAX finds no GPU or TPU; to try it on a CPU: JAX_PLATFORMS=cpu, see --help")
         shape = Shape(**{**told["shape"], "assignments": tuple(told["shape"]["assignments"])})
         runners = []
         for fields in told["contenders"]:

@@ -107,7 +107,8 @@ class Cluster:
         check(len(set(given)) == 1, "--coordinator, --processes and --process go together: give all three, or none")
         if self.coordinator and self.processes is not None and self.process is not None:
             port = self.coordinator.rpartition(":")[2]
-            check(port.isdecimal(), f"--coordinator={self.coordinator} must be host:port")
+            is_port = port.isdecimal() and 0 < int(port) < 2**16
+            check(is_port, f"--coordinator={self.coordinator} must be host:port, with a port from 1 to 65535")
             check(
                 0 <= self.process < self.processes,
                 f"--process={self.process} must lie in [0, {self.processes}), the number of --processes",

@@ -90,7 +90,7 @@ class Console:
         parts = [
             f"loss {loss:.3f}",
             *([f"held-out {shown_eval:.3f}"] if shown_eval is not None else []),
-            *([f"{human(tokens_per_second)} tokens/s"] if math.isfinite(tokens_per_second) else []),
+            *([f"{human(tokens_per_second)} tokens/s"] if 0 < tokens_per_second < math.inf else []),
             *([f"{duration(seconds_left)} left"] if math.isfinite(seconds_left) and not ended else []),
         ]
         where = f"step {step:,}/{steps:,}"

@@ -15,6 +15,7 @@ import json
 import os
 import pathlib
 import socket
+import sys
 import threading
 import uuid
 from collections.abc import Callable, Iterator, Mapping
@@ -32,6 +33,9 @@ T = TypeVar("T")
 LIBRARIES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint")  # those that decide about numbers or files
 OWN = ("data.cache_dir", "data.workers")  # what each host may set for itself
 PATIENCE = 7 * 24 * 3600 * 1000  # ms; a host that has died ends the wait by its missing heartbeat
+JOIN_SECONDS = 300  # in which all processes have to come
+ALL = "start all of them, with the same address and number of processes"
+QUIET_SECONDS = 10  # of waiting for them, before that is said
 _turn = itertools.count()
 
 
@@ -41,23 +45,43 @@ def start(cluster: Cluster, heartbeat_seconds: int = 100) -> None:
     When it ends it waits for the others; one that has died they miss after `heartbeat_seconds`, and end too.
 
     Raises:
-      UserError: the others can't be reached.
+      UserError: the others can't be reached, or have not all come within `JOIN_SECONDS`.
     """
     method = None if cluster.coordinator else detected(os.environ)
     if jax.distributed.is_initialized() or (method is None and not cluster.coordinator):
         return
     where = f"--coordinator={cluster.coordinator}" if cluster.coordinator else f"the environment ({method})"
+    failed: list[Exception] = []
+
+    def join() -> None:
+        try:
+            jax.distributed.initialize(
+                cluster.coordinator or None,
+                cluster.processes,
+                cluster.process,
+                cluster_detection_method="deactivate" if cluster.coordinator else None if method == "tpu" else method,
+                initialization_timeout=PATIENCE // 1000,  # at its end JAX's runtime aborts the process, stacks and all
+                heartbeat_timeout_seconds=heartbeat_seconds,
+            )
+        except Exception as error:
+            failed.append(error)
+
+    # A thread of its own waits within the runtime, where no signal reaches Python.
+    joining = threading.Thread(target=join, name="join", daemon=True)
+    joining.start()
     try:
-        jax.distributed.initialize(
-            cluster.coordinator or None,
-            cluster.processes,
-            cluster.process,
-            cluster_detection_method="deactivate" if cluster.coordinator else None if method == "tpu" else method,
-            heartbeat_timeout_seconds=heartbeat_seconds,
-        )
-    except Exception as error:
-        reason = " ".join(str(error).split())
-        raise UserError(f"{where}: this process could not join the others ({reason}): start all of them") from error
+        joining.join(min(QUIET_SECONDS, JOIN_SECONDS))
+        if joining.is_alive():
+            print(f"{where}: waiting for the other processes, {JOIN_SECONDS:g} seconds at most", file=sys.stderr)
+            joining.join(JOIN_SECONDS)
+        check(not joining.is_alive(), f"{where}: the others have not all come within {JOIN_SECONDS:g} seconds: {ALL}")
+    except BaseException:
+        # The thread keeps what it waits with: taking that down at the exit would print the runtime's stacks.
+        runtime.global_state = runtime.State()
+        raise
+    if failed:
+        reason = " ".join(str(failed[0]).split())
+        raise UserError(f"{where}: this process could not join the others ({reason}): {ALL}") from failed[0]
 
 
 def check_devices() -> None:

@@ -29,6 +29,7 @@ from convattn_jax.program import PretrainConfig, Program, made_up_vocabulary
 COMPILER = (
     "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true --xla_cpu_use_fusion_emitters=false"
 )
+MOST_DEVICES = 2048  # XLA numbers a process's CPU devices with eleven bits
 UNSEEN = (
     "Compiled for CPU devices with model.kernel=plain, which cannot show: the fused attention kernel (the memory above "
     "holds the plain form's T x T scores); most reduce-scatters (here an all-reduce, then a cut); bfloat16 sums and "
@@ -47,10 +48,15 @@ def start(config: ml_collections.ConfigDict) -> dict[str, Any]:
     plain["data"]["source"] = "docstrings"  # whichever: no text is read
     c = from_config(PretrainConfig, plain)
     check(-1 not in c.mesh.sizes, "mesh.dry_run: no devices say what -1 (the rest) is: give all of data, fsdp, tensor")
+    devices = math.prod(c.mesh.sizes)
+    check(
+        devices <= MOST_DEVICES,
+        f"mesh.dry_run: {devices} devices, but a compilation for CPU has {MOST_DEVICES} at most: take fewer, and rows "
+        "(train.batch_size) in proportion; with equal fsdp and tensor a device holds the same",
+    )
     sharding.check_divides(sharding.abstract_mesh(c.mesh), c.train.batch_size, c.train.accumulate, c.model.heads)
     c = dataclasses.replace(c, model=dataclasses.replace(c.model, kernel="plain"))  # a CPU compiles no other
-    devices = math.prod(c.mesh.sizes)
-    Console().message(f"compiling for {devices} CPU devices: {c.model.layers} layers unrolled take a minute or more")
+    Console().message(f"compiling {c.model.layers} layers for {devices} CPU devices: half a minute for base")
     flags = f"{os.environ.get('XLA_FLAGS', '')} {COMPILER} --xla_force_host_platform_device_count={devices}"
     ended = subprocess.run(
         [sys.executable, "-m", "convattn_jax.dryrun"],

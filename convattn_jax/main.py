@@ -51,9 +51,10 @@ def main(argv: Sequence[str] | None = None) -> None:
             listener.loading = False
             kept.use(compiled.keep(command.compile_cache), command.file, command.size)
             watchdog: Any = command.config.get("watchdog") or {"killed_seconds": 100}  # fine-tuning is one process
-            distributed.start(command.cluster, watchdog["killed_seconds"])
-            distributed.check_devices()
-            distributed.reserve_memory()
+            if not _is_dry_run(command):  # which needs neither the other processes nor devices
+                distributed.start(command.cluster, watchdog["killed_seconds"])
+                distributed.check_devices()
+                distributed.reserve_memory()
             with bucket.explained("--workdir", command.workdir):
                 if task == "pretrain":
                     _check_effect(command)
@@ -75,12 +76,18 @@ def main(argv: Sequence[str] | None = None) -> None:
         sys.exit(BY_KEYBOARD)
 
 
+def _is_dry_run(command: Command) -> bool:
+    return bool(flatten(command.config).get("mesh.dry_run"))
+
+
 def _check_effect(command: Command) -> None:
     from convattn_jax.effect import check_effect, check_source, check_tokenizer
     from convattn_jax.model.config import ModelConfig
     from convattn_jax.run import RunFolder
 
-    if RunFolder(command.workdir).read("config") is None:  # what has begun goes on as it began
+    with bucket.patience("--workdir", command.workdir):
+        begun = not _is_dry_run(command) and RunFolder(command.workdir).read("config") is not None
+    if not begun:  # what has begun goes on as it began
         config: Any = command.config
         check_source(config.data.source, command.given)
         check_tokenizer(config.tokenizer.model, command.given)

@@ -19,12 +19,16 @@ class Ended:
     err: str
 
 
-def start(count: int, args: list[str], own: dict[int, list[str]] | None = None, **places) -> list[Ended]:
-    """Runs the program in `count` processes with one CPU device each, some with arguments of their `own`."""
+def free_port() -> int:
+    """A port of this machine that nothing listens on."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
-        port = free.getsockname()[1]
-    command = [sys.executable, "-m", "convattn_jax.main", *args, f"--coordinator=localhost:{port}"]
+        return free.getsockname()[1]
+
+
+def start(count: int, args: list[str], own: dict[int, list[str]] | None = None, **places) -> list[Ended]:
+    """Runs the program in `count` processes with one CPU device each, some with arguments of their `own`."""
+    command = [sys.executable, "-m", "convattn_jax.main", *args, f"--coordinator=localhost:{free_port()}"]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     running = [
         subprocess.Popen(

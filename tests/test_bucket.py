@@ -4,7 +4,6 @@ import json
 import os
 import pathlib
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -16,6 +15,7 @@ import pytest
 import tiny
 from bucket_server import serve
 from etils import epath
+from processes import free_port
 
 pytest.importorskip("gcsfs", reason="the extra gcs is not installed")
 pytestmark = pytest.mark.slow
@@ -151,10 +151,7 @@ def test_fine_tuning_reads_and_writes_a_bucket(start, objects, home):
 
 
 def test_several_processes_train_in_a_bucket(start, objects, home, tmp_path):
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
-    count = ("--config.mesh.data=1", "--config.mesh.fsdp=-1", f"--coordinator=localhost:{port}", "--processes=2")
+    count = ("--config.mesh.data=1", "--config.mesh.fsdp=-1", f"--coordinator=localhost:{free_port()}", "--processes=2")
     hosts = [start(*count, f"--process={i}", host=f"host {i}") for i in range(2)]
     first, second = [ended(process) for process in hosts]
     assert "tokenizing" in first

@@ -1,7 +1,11 @@
 """Several processes are one run: they find each other, compute what one computes, and stop together."""
 
 import json
+import os
 import shutil
+import signal
+import subprocess
+import sys
 import threading
 
 import jax
@@ -9,7 +13,7 @@ import numpy as np
 import pytest
 import tiny
 from etils import epath
-from processes import start
+from processes import ROOT, free_port, start
 
 from convattn_jax import distributed, main
 from convattn_jax.config import Cluster, UserError
@@ -205,6 +209,8 @@ def test_a_cloud_tpu_is_known_by_its_devices(monkeypatch):
         (("host:1", 2, None), "--coordinator, --processes and --process go together"),
         (("", 2, 0), "--coordinator, --processes and --process go together"),
         (("host", 2, 0), "--coordinator=host must be host:port"),
+        (("host:0", 2, 0), "--coordinator=host:0 must be host:port, with a port from 1 to 65535"),
+        (("host:65536", 2, 0), "--coordinator=host:65536 must be host:port"),
         (("host:1", 2, 2), r"--process=2 must lie in \[0, 2\)"),
     ],
 )
@@ -219,9 +225,61 @@ def test_a_process_that_reaches_nobody_says_so(monkeypatch):
 
     monkeypatch.setattr(distributed.jax.distributed, "initialize", unreachable)
     with pytest.raises(
-        UserError, match=r"^--coordinator=a:1: .*\(DEADLINE_EXCEEDED: nobody there\): start all of them$"
+        UserError, match=r"^--coordinator=a:1: .*\(DEADLINE_EXCEEDED: nobody there\): start all of them, with"
     ):
         distributed.start(Cluster("a:1", 2, 0))
+
+
+IMPATIENT = """
+import sys
+from convattn_jax import distributed, main
+distributed.QUIET_SECONDS, distributed.JOIN_SECONDS = 0.1, float(sys.argv.pop())
+main.main()
+"""
+
+
+@pytest.mark.parametrize(
+    ("process", "signum", "code", "last"),
+    [
+        (0, signal.SIGTERM, 0, "stopped by SIGTERM: the same command goes on from here"),
+        (1, signal.SIGINT, 130, "interrupted: the same command resumes from the last checkpoint"),
+        (
+            0,
+            None,
+            2,
+            "error: --coordinator={where}: the others have not all come within 0.2 seconds: start all",
+        ),
+        (
+            1,
+            None,
+            2,
+            "error: --coordinator={where}: the others have not all come within 0.2 seconds: start all",
+        ),
+    ],
+)
+def test_who_waits_for_others_can_be_stopped_and_gives_up(home, process, signum, code, last):
+    """Within JAX's runtime no signal would reach it, and after five minutes it would abort with 78 lines of stacks."""
+    where = f"localhost:{free_port()}"
+    others = [f"--coordinator={where}", "--processes=2", f"--process={process}"]
+    waiting = subprocess.Popen(
+        [sys.executable, "-c", IMPATIENT, *arguments(home, "never"), *others, "60" if signum else "0.2"],
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        assert waiting.stderr is not None
+        first = waiting.stderr.readline()
+        if signum:
+            waiting.send_signal(signum)
+        rest = waiting.communicate(timeout=60)[1]
+    finally:
+        waiting.kill()
+    assert first.startswith(f"--coordinator={where}: waiting for the other processes, ")
+    assert rest.startswith(last.format(where=where))
+    assert rest.count("\n") == 1
+    assert waiting.returncode == code
+    assert not (home / "never").exists()
 
 
 @pytest.mark.parametrize("reason", [AssertionError(""), RuntimeError("Unable to initialize backend 'cuda':\n none")])

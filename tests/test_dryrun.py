@@ -66,7 +66,13 @@ def test_a_mesh_of_256_devices_is_described_on_a_machine_with_one(tmp_path, capf
     changes = {"model__kernel": "pallas_gpu", "model__layers": 2, "model__loop": "scan", "train__batch_size": 512}
     config = tiny.write_config(tmp_path, data__files=(), **changes)  # no text is there to be read
     arguments = ["--config.mesh.dry_run", "--config.mesh.data=32", "--config.mesh.fsdp=4", "--config.mesh.tensor=2"]
-    main.main(["main", f"--config={config}", f"--workdir={tmp_path / 'run'}", *arguments])
+    # others, and a bucket, that nothing looks for
+    alone = [
+        "--coordinator=localhost:1",
+        "--processes=2",
+        "--process=1",
+    ]
+    main.main(["main", f"--config={config}", "--workdir=gs://nowhere/run", *arguments, *alone])
     said = capfd.readouterr().out
     assert "mesh data=32 x fsdp=4 x tensor=2: 256 devices" in said
     lines = {line.split("  ")[0]: " ".join(line.split()[1:]) for line in said.splitlines()}
@@ -84,6 +90,10 @@ def test_a_mesh_of_256_devices_is_described_on_a_machine_with_one(tmp_path, capf
     ("changes", "message"),
     [
         ({"mesh__data": -1}, "mesh.dry_run: no devices say what -1"),
+        (
+            {"mesh__data": 64, "mesh__fsdp": 64},
+            "mesh.dry_run: 4096 devices, but a compilation for CPU has 2048",
+        ),
         ({"mesh__data": 3}, r"train\.batch_size=4 does not divide by .* = 3 x 1"),
         ({"mesh__data": 1, "mesh__tensor": 4}, r"mesh\.tensor=4 does not divide model\.heads=2"),
     ],

@@ -1,6 +1,7 @@
 """A run folder in a bucket, played by a folder behind the path layer."""
 
 import json
+import time
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from convattn_jax import checkpoint, evaluate, events, plots, run
 from convattn_jax.config import UserError
 from convattn_jax.data import textfiles
 from convattn_jax.data import tokenizer as tokenizers
-from convattn_jax.data.bucket import explained
+from convattn_jax.data.bucket import explained, patience
 from convattn_jax.glue import finished, results, submission
 from convattn_jax.glue.config import SEEDS
 from convattn_jax.inference import AttentionMaps
@@ -119,6 +120,9 @@ def test_a_bucket_that_is_not_there_or_cannot_be_reached_is_one_line(bucket, tmp
         RunFolder(RUN).check_writable()
     with pytest.raises(UserError, match=r"--workdir=ftp://b/run: buckets are gs:// or s3://"), reach("ftp://b/run"):
         pass
+    for nameless in ("gs://", "gs:///run"):
+        with pytest.raises(UserError, match=rf"^--workdir={nameless} names no bucket: write gs://BUCKET/FOLDER"):
+            reach(nameless).__enter__()
     with pytest.raises(UserError, match=r"needs a library: pip install 'convattn_jax\[gcs\]' \(no gcsfs\)"), reach(RUN):
         raise ImportError("no gcsfs")
     with (
@@ -142,3 +146,16 @@ def test_a_save_that_a_bucket_did_not_take_is_told_once():
 
 def reach(path):
     return explained("--workdir", path)
+
+
+def test_a_bucket_that_takes_its_time_is_told(monkeypatch, capsys):
+    monkeypatch.setattr("convattn_jax.data.bucket.SILENCE", 0.01)
+    with patience("--workdir", RUN):
+        for _ in range(1000):
+            time.sleep(0.01)
+            if said := capsys.readouterr().err:
+                break
+    assert said == f"--workdir={RUN}: waiting for an answer\n"
+    with patience("--workdir", "runs/local"):
+        time.sleep(0.05)
+    assert capsys.readouterr().err == ""

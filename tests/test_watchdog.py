@@ -3,7 +3,6 @@
 import os
 import pathlib
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -11,6 +10,7 @@ import time
 import jax
 import pytest
 import tiny
+from processes import free_port
 
 from convattn_jax.config import UserError
 from convattn_jax.run import RunFolder
@@ -30,11 +30,8 @@ def home(tmp_path_factory):
 
 def start(home, run, *more):
     """Two processes of one run, once they are training."""
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
     command = [sys.executable, "-m", "convattn_jax.main", f"--config={home / 'config.py'}", f"--workdir={run}", *more]
-    command += [f"--coordinator=localhost:{port}", "--processes=2"]
+    command += [f"--coordinator=localhost:{free_port()}", "--processes=2"]
     running = [
         subprocess.Popen(
             [*command, f"--process={i}"],

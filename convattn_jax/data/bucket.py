@@ -2,6 +2,9 @@
 
 import contextlib
 import logging
+import re
+import sys
+import threading
 import uuid
 from collections.abc import Iterator
 
@@ -11,6 +14,7 @@ from convattn_jax.config import UserError, check
 
 SCHEMES = ("gs", "s3")  # that both the path layer and TensorStore, which writes the arrays of checkpoints, know
 LOGIN = "check the network, log in (gcloud auth application-default login), or let the service account into the bucket"
+SILENCE = 8  # seconds without an answer
 _LIBRARIES = ("gcsfs", "fsspec", "s3fs", "aiohttp", "google", "requests", "botocore", "tensorflow")
 
 
@@ -40,10 +44,10 @@ def explained(field: str, path: epath.PathLike) -> Iterator[None]:
     """Turns what the storage of a bucket, or the lack of a library for it, says into one line for the user."""
     scheme = str(path).partition("://")[0]
     try:
-        check(
-            not in_a_bucket(path) or scheme in SCHEMES,
-            f"{field}={path}: buckets are {' or '.join(f'{known}://' for known in SCHEMES)}",
-        )
+        if in_a_bucket(path):
+            check(scheme in SCHEMES, f"{field}={path}: buckets are {' or '.join(f'{known}://' for known in SCHEMES)}")
+            named = re.match("[a-z0-9]", str(path).partition("://")[2])
+            check(named is not None, f"{field}={path} names no bucket: write {scheme}://BUCKET/FOLDER")
         yield
     except ImportError as error:
         if not in_a_bucket(path):
@@ -54,6 +58,19 @@ def explained(field: str, path: epath.PathLike) -> Iterator[None]:
         if not in_a_bucket(path) or not is_of_storage(error):
             raise
         raise UserError(f"{field}={path} cannot be reached ({line(error)}): {LOGIN}") from error
+
+
+@contextlib.contextmanager
+def patience(field: str, path: epath.PathLike) -> Iterator[None]:
+    """Says that an answer is waited for: without a network, libraries try again for most of a minute."""
+    timer = threading.Timer(SILENCE, print, (f"{field}={path}: waiting for an answer",), {"file": sys.stderr})
+    timer.daemon = True
+    if in_a_bucket(path):
+        timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 def check_writable(folder: epath.Path, field: str) -> None:
