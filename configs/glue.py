@@ -28,4 +28,8 @@ def get_config() -> ConfigDict:
     glue.together = 0  # seeds trained as one program; 0: as many as fit into memory
     glue.length = 128  # tokens of a text or pair, at most; 8 to 128
     glue.save_seconds = 600.0  # between two saves while the seeds of a task train
+
+    c.watchdog = watchdog = ConfigDict()  # of runs of several processes
+    watchdog.killed_seconds = 100  # until the others miss a process that is gone, and end
+    watchdog.frozen_seconds = 300  # without progress, until a process says where it stands and ends
     return c

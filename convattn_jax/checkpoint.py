@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
+import numpy as np
 from etils import epath
 
 from convattn_jax import distributed, full_disk
@@ -82,7 +83,7 @@ class Checkpoints:
         import orbax.checkpoint as ocp
 
         self.wait()
-        step = int(state.step if state.step.ndim == 0 else state.step[0])  # of seeds that train together each has one
+        step = int(np.asarray(state.step).flat[0])  # of seeds that train together each has one
         items = ocp.args.Composite(
             params=ocp.args.StandardSave(state.params),
             rest=ocp.args.StandardSave({"step": state.step, "opt_state": state.opt_state}),
@@ -189,16 +190,16 @@ def unwritten(folder: epath.Path, failure: BaseException) -> UserError:
 def save_params(folder: epath.PathLike, step: int, params: Any) -> None:
     """Writes parameters alone as the checkpoint of a step, whole when it returns; an older one of that step goes.
 
+    Of several processes one does so, with arrays of the host.
+
     Raises:
       UserError: it can't be written.
     """
-    import orbax.checkpoint as ocp
-
     path = epath.Path(folder) / str(step)
     if path.exists():
         path.rmtree()
     try:
-        with ocp.StandardCheckpointer() as orbax:
+        with _of_this_process() as orbax:
             orbax.save(bucket.absolute(path / "params"), params)
         write_manifest(path, step)
     except (OSError, ValueError) as error:  # the second is TensorStore's
@@ -229,10 +230,26 @@ def load_params(folder: epath.PathLike, like: Any, step: int) -> Any:
 
 
 def _params(path: epath.Path, like: Any) -> Any:
+    if jax.process_count() > 1:  # every process reads them, as arrays of its host
+        like = jax.tree.map(lambda leaf: np.broadcast_to(np.zeros((), leaf.dtype), leaf.shape), like)
+    with _of_this_process() as orbax:
+        return orbax.restore(bucket.absolute(path / "params"), like)
+
+
+def _of_this_process() -> "ocp.StandardCheckpointer":
+    """Reads and writes without the other processes, for which Orbax would wait."""
     import orbax.checkpoint as ocp
 
-    with ocp.StandardCheckpointer() as orbax:
-        return orbax.restore(bucket.absolute(path / "params"), like)
+    if jax.process_count() == 1:
+        return ocp.StandardCheckpointer()
+    this = jax.process_index()
+    alone = ocp.options.MultiprocessingOptions(this, active_processes={this}, barrier_sync_key_prefix=f"of {this}")
+    return ocp.StandardCheckpointer(multiprocessing_options=alone)
+
+
+def digest(folder: epath.PathLike, step: int) -> str:
+    """What stands for all files of a step's checkpoint; empty if it has no manifest, or one of the first version."""
+    return _manifest_of(epath.Path(folder) / str(step)).get("digest", "")
 
 
 def steps_of(folder: epath.Path) -> list[int]:

@@ -16,9 +16,9 @@ import ml_collections
 import numpy as np
 from etils import epath
 
-from convattn_jax import memory, origin
+from convattn_jax import checkpoint, distributed, memory, origin
 from convattn_jax.account import KINDS, Account
-from convattn_jax.config import UserError, check, check_choice, from_config, to_plain
+from convattn_jax.config import UserError, check, check_choice, flatten, from_config, to_plain
 from convattn_jax.console import Console, duration
 from convattn_jax.data import bucket
 from convattn_jax.data.config import DataConfig
@@ -32,6 +32,7 @@ from convattn_jax.glue.training import Trainer, make_compilers
 from convattn_jax.inference import Pretrained, check_pretraining, load_run
 from convattn_jax.model.config import ModelConfig
 from convattn_jax.run import RunFolder
+from convattn_jax.watchdog import WatchdogConfig, watched
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,6 +43,7 @@ class FinetuneConfig:
     name: str
     init_from: str
     glue: GlueConfig
+    watchdog: WatchdogConfig
 
     def __post_init__(self):
         check(bool(self.init_from), "init_from is empty: name a pre-training run, such as runs/composite")
@@ -53,51 +55,63 @@ def default_workdir(config: ml_collections.ConfigDict) -> str:
 
 
 def run(config: ml_collections.ConfigDict, workdir: str, console: Console | None = None) -> results.Table:
-    """Trains what is not finished, and writes the results of all that is."""
+    """Trains what is not finished, and writes the results of all that is.
+
+    Several processes train as one; the first of them looks into the folder, says what there is to do, and writes.
+    """
     account = Account()
-    c = from_config(FinetuneConfig, config)
-    check(
-        jax.process_count() == 1,
-        f"fine-tuning uses all devices of one process and was started as {jax.process_count()}: start one, or give "
-        "each its own --config.glue.tasks and --workdir, without --processes",
-    )
-    pretrained = load_pretrained(c.init_from)
-    tasks = [task for task in select(c.glue.tasks) if not task.predicted_by]
-    check_positions(c.glue, tasks, pretrained.model.config)
-    folder = RunFolder(workdir or default_workdir(config))
-    settings = settings_of(c) | {
-        "model": pretrained.config["model"],
-        "tokenizer": pretrained.tokenizer.digest,
-        "init_step": pretrained.step,
-    }
-    with bucket.explained("--workdir", folder.path):
-        check_start(folder, c.init_from, pretrained.step)
-        folder.check_belongs(settings | _if_moved(folder, c.init_from))
-        folder.check_writable()
-    text = from_config(DataConfig, pretrained.config["data"], "data.")
-    data = {task.name: load_data(task, c.glue, pretrained.tokenizer, text) for task in tasks}  # before anything trains
-    folder.path.mkdir(parents=True, exist_ok=True)
-    with folder.lock(), console or Console() as console, contextlib.ExitStack() as closing:
+    distributed.check_same(distributed.code() | distributed.configuration(flatten(config)))
+    first = distributed.first_process()
+    with distributed.together():
+        c = from_config(FinetuneConfig, config)
+        pretrained = load_pretrained(c.init_from)
+        tasks = [task for task in select(c.glue.tasks) if not task.predicted_by]
+        check_positions(c.glue, tasks, pretrained.model.config)
+        folder = RunFolder(workdir or default_workdir(config))
+        settings = settings_of(c) | {
+            "model": pretrained.config["model"],
+            "tokenizer": pretrained.tokenizer.digest,
+            "init_step": pretrained.step,
+        }
+        with bucket.explained("--workdir", folder.path):
+            if first:
+                check_start(folder, c.init_from, pretrained.step)
+                folder.check_belongs(settings | _if_moved(folder, c.init_from))
+                folder.check_writable()
+        text = from_config(DataConfig, pretrained.config["data"], "data.")
+        data = {task.name: load_data(task, c.glue, pretrained.tokenizer, text) for task in tasks}
+        folder.path.mkdir(parents=True, exist_ok=True)
+    start = checkpoint.digest(RunFolder(c.init_from).checkpoints, pretrained.step)
+    distributed.check_same({"init_from": f"step {pretrained.step}, {start}", "tokenizer": pretrained.tokenizer.digest})
+    if jax.process_count() > 1:
+        distributed.check_same({f"rows of {name}": found.digest for name, found in data.items()})
+    distributed.check_shared(folder.path)
+    with console or Console(quiet=not first) as console, contextlib.ExitStack() as stack:
+        with distributed.together():
+            if first:
+                stack.enter_context(folder.lock())
+                pretrained.tokenizer.save(str(folder.path))
+                folder.write("config", settings)
         steps = pretrained.config["train"]["steps"]
         if 0 < pretrained.step < steps:  # step 0 is of a run that was imported
             console.message(f"{c.init_from} has not ended: step {pretrained.step:,} of {steps:,} is the start")
-        pretrained.tokenizer.save(str(folder.path))
-        folder.write("config", settings)
         compilers = make_compilers()
-        closing.callback(compilers.shutdown, cancel_futures=True)
+        stack.callback(compilers.shutdown, cancel_futures=True)
         trainer = Trainer(classifier_of(pretrained.model.config, pretrained.tokenizer.size, OUTPUTS), compilers)
-        finetunings = [
-            TaskRun(c.glue, task, data[task.name], pretrained, trainer, folder, console, account) for task in tasks
-        ]
-        if training := [run.task.name for run in finetunings if run.missing()]:
-            folder.started({"tasks": training, **origin.facts()})
-        for finetuning in finetunings:  # the compiler is at work on later tasks while the first ones train
-            finetuning.compile_ahead()
-        with memory.explained(lambda: out_of_memory(c.glue)):
+        with memory.explained(lambda: out_of_memory(c.glue)), watched(c.watchdog.frozen_seconds) as alive:
+            finetunings = [
+                TaskRun(c.glue, task, data[task.name], pretrained, trainer, folder, console, account, alive)
+                for task in tasks
+            ]
+            training = [run.task.name for run in finetunings if run.missing()]
+            if training and first:
+                folder.started({"tasks": training, **origin.facts()})
+            for finetuning in finetunings:  # the compiler is at work on later tasks while the first ones train
+                finetuning.compile_ahead()
             for finetuning in finetunings:
                 finetuning.complete()
         account.charge("evaluating")
-        return finish(folder, console, account)
+        return distributed.from_first(lambda: finish(folder, console, account))
 
 
 def settings_of(c: FinetuneConfig) -> dict[str, Any]:
@@ -105,6 +119,7 @@ def settings_of(c: FinetuneConfig) -> dict[str, Any]:
     settings = to_plain(c)
     for key in ("tasks", "together", "seeds", "save_seconds"):  # a later call may add to them
         settings["glue"].pop(key)
+    settings.pop("watchdog")
     return settings
 
 

@@ -5,6 +5,7 @@ several processes only some may get the signal: JAX's preemption service spreads
 """
 
 import contextlib
+import itertools
 import os
 import signal
 import threading
@@ -14,6 +15,8 @@ import jax
 from jax.experimental import multihost_utils
 
 from convattn_jax.config import BY_KEYBOARD
+
+_asked = itertools.count()  # how often, in all: the service wants a number that grows
 
 
 class Stop:
@@ -26,7 +29,9 @@ class Stop:
 
     def __call__(self, step: int) -> bool:
         """Whether to stop, to be asked once after every step: True at the step where all processes are to."""
-        return multihost_utils.reached_preemption_sync_point(step) if self._several else self._requested
+        if not self._several:
+            return self._requested
+        return multihost_utils.reached_preemption_sync_point(next(_asked))  # of tasks in turn each counts from 1
 
     def note(self, number: int, _: object) -> None:
         """Handles a signal."""

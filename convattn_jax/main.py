@@ -50,7 +50,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
             listener.loading = False
             kept.use(compiled.keep(command.compile_cache), command.file, command.size)
-            watchdog: Any = command.config.get("watchdog") or {"killed_seconds": 100}  # fine-tuning is one process
+            watchdog: Any = command.config.get("watchdog") or {"killed_seconds": 100}  # who lacks it is told below
             if not _is_dry_run(command):  # which needs neither the other processes nor devices
                 distributed.start(command.cluster, watchdog["killed_seconds"])
                 distributed.check_devices()

@@ -1,6 +1,7 @@
 """The mesh of devices, and from (parameter path, shape) to its PartitionSpec; the model names no axis."""
 
 import dataclasses
+import functools
 import math
 import re
 from collections.abc import Callable, Sequence
@@ -22,6 +23,7 @@ from convattn_jax.model.operations import Operations
 
 AXES = ("data", "fsdp", "tensor")
 BATCH = P(("data", "fsdp"))  # rows of a batch; every other array's placement follows from RULES
+SEEDS = "seeds"  # the axis of models that are trained side by side
 
 # First match decides. Heads and feed-forward columns go to `tensor`, the other large axis to `fsdp`.
 RULES: tuple[tuple[str, P], ...] = (
@@ -82,6 +84,20 @@ def make_mesh(config: MeshConfig) -> Mesh:
 def abstract_mesh(config: MeshConfig) -> AbstractMesh:
     """A mesh whose devices need not be there; all sizes are given."""
     return AbstractMesh(config.sizes, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+@functools.cache
+def seed_mesh(seeds: int, rows: int) -> Mesh:
+    """All devices for `seeds` models trained side by side, on `rows` rows each at a time; seeds are an axis in front.
+
+    Each device gets as many seeds, or parts of their batches; over what neither divides the same work is done again.
+    The devices' order is always the same, so that what is cut along the seeds only goes with any number of rows.
+    """
+    devices = jax.device_count()
+    apart = math.gcd(seeds, devices)
+    data = math.gcd(rows, devices // apart)
+    shape = (apart, data, 1, 1, devices // (apart * data))
+    return Mesh(np.asarray(jax.devices()).reshape(shape), (SEEDS, *AXES, "idle"), (AxisType.Auto,) * len(shape))
 
 
 def check_divides(mesh: Mesh | AbstractMesh, batch_size: int, accumulate: int, heads: int) -> None:
@@ -282,6 +298,18 @@ def shard_convolution(convolve: Convolve, mesh: Mesh) -> Convolve:
         return mapped(x, [(kernel.taps, kernel.bias) for kernel in kernels], inputs)
 
     return sharded
+
+
+def place(tree: Any, shardings: Any) -> Any:
+    """Arrays that every process holds in full, on the devices of all."""
+    if jax.process_count() == 1:
+        return jax.device_put(tree, shardings)
+
+    def put(leaf: Any, sharding: NamedSharding) -> jax.Array:
+        leaf = np.asarray(leaf)
+        return jax.make_array_from_callback(leaf.shape, sharding, lambda index: leaf[index])
+
+    return jax.tree.map(put, tree, shardings)
 
 
 def global_batch(read: Callable[[int, int], np.ndarray], rows: int, length: int, mesh: Mesh) -> jax.Array:

@@ -26,9 +26,15 @@ def free_port() -> int:
         return free.getsockname()[1]
 
 
-def start(count: int, args: list[str], own: dict[int, list[str]] | None = None, **places) -> list[Ended]:
-    """Runs the program in `count` processes with one CPU device each, some with arguments of their `own`."""
-    command = [sys.executable, "-m", "convattn_jax.main", *args, f"--coordinator=localhost:{free_port()}"]
+def start(
+    count: int, args: list[str], own: dict[int, list[str]] | None = None, program: str = "", **places
+) -> list[Ended]:
+    """Runs the program in `count` processes with one CPU device each, some with arguments of their `own`.
+
+    `program` is Python to run in its place, `host_1` the folder that process 1 runs in.
+    """
+    what = ["-c", program] if program else ["-m", "convattn_jax.main"]
+    command = [sys.executable, *what, *args, f"--coordinator=localhost:{free_port()}"]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     running = [
         subprocess.Popen(

@@ -227,11 +227,31 @@ def test_seeds_that_are_stopped_or_killed_within_a_task_end_as_if_they_had_not_b
     assert not (folder / "unfinished").exists()
 
 
+def test_who_stops_at_the_last_step_of_some_seeds_keeps_them_and_trains_no_others(home, tmp_path, monkeypatch, capsys):
+    folder, train = tmp_path / "stopped", training.Trainer.train
+
+    def interrupted(self, state, keys, outputs, schedule, batches, report, ends):
+        def report_and_strike(step, losses, tokens):
+            if step == schedule.steps:
+                os.kill(os.getpid(), signal.SIGINT)
+            report(step, losses, tokens)
+
+        return train(self, state, keys, outputs, schedule, batches, report_and_strike, ends)
+
+    monkeypatch.setattr(training.Trainer, "train", interrupted)
+    with pytest.raises(SystemExit) as ended:
+        start(home, *PROBE, f"--workdir={folder}", "--config.glue.together=1")
+    assert ended.value.code == 130
+    assert "word_order x 1 seeds are finished, stopped there: the same command goes on" in capsys.readouterr().err
+    assert [path.name for path in (folder / "tasks" / "word_order").iterdir()] == [f"{SEEDS[0]}.json"]
+    assert not (folder / "unfinished").exists()
+
+
 def test_a_loss_that_is_not_finite_stops_the_task_before_it_is_saved(home, tmp_path, monkeypatch, capsys):
     step = training.Trainer._step_one
 
-    def broken(self, state, *rest):
-        state, value = step(self, state, *rest)
+    def broken(self, state, *rest, **model):
+        state, value = step(self, state, *rest, **model)
         return state, jnp.where(state.step == 2, jnp.nan, value)
 
     monkeypatch.setattr(training.Trainer, "_step_one", broken)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import hashlib
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -24,6 +25,14 @@ class Texts(NamedTuple):
     labels: np.ndarray
     idx: np.ndarray
 
+    @property
+    def digest(self) -> str:
+        """Of the rows, without their labels."""
+        digest = hashlib.blake2b(self.idx.tobytes(), digest_size=16)
+        for row in self.rows:
+            digest.update(row.ids.tobytes() + row.types.tobytes())
+        return digest.hexdigest()
+
 
 @dataclasses.dataclass(frozen=True)
 class TaskData:
@@ -32,6 +41,13 @@ class TaskData:
     train: Callable[[int], Texts]
     evaluated: dict[str, Texts]
     tests: dict[tuple[str, str], Texts]  # by (task, split): MNLI's model predicts AX too
+
+    @property
+    def digest(self) -> str:
+        """Of all rows and labels, of those that are drawn afresh each epoch the first ones."""
+        splits = [self.train(0), *self.evaluated.values(), *self.tests.values()]
+        told = "".join(split.digest + hashlib.sha256(split.labels.tobytes()).hexdigest() for split in splits)
+        return hashlib.sha256(told.encode()).hexdigest()[:16]
 
 
 def load_data(task: Task, c: GlueConfig, tokenizer: Tokenizer, text: DataConfig) -> TaskData:

@@ -30,18 +30,23 @@ def seeds(folder: RunFolder, task: Task) -> list[int]:
     return [seed for seed in SEEDS if (folder.path / "tasks" / task.name / f"{seed}.json").exists()]
 
 
-def save(folder: RunFolder, task: Task, seed: int, params: Params, ended: Mapping[str, Any]) -> None:
-    """The parameters of a seed, then what it ended with, which marks it as finished.
-
-    Only the best seed's parameters are kept, since only they are used, or all where another task starts from this one.
-    """
-    checkpoints = folder.checkpoints / task.name
-    keep_all = any(other.starts_from == task.name for other in TASKS.values())
+def keeps(folder: RunFolder, task: Task, metrics: Mapping[str, float]) -> bool:
+    """Whether a seed's parameters are kept: the best one's, since no others are used, or all if a task starts there."""
     earlier = [_score(folder, task, other) for other in seeds(folder, task)]
-    if keep_all or _rank(task, ended["metrics"]) >= max(earlier, default=[]):
+    return _is_a_start(task) or _rank(task, metrics) >= max(earlier, default=[])
+
+
+def _is_a_start(task: Task) -> bool:
+    return any(other.starts_from == task.name for other in TASKS.values())
+
+
+def save(folder: RunFolder, task: Task, seed: int, params: Params | None, ended: Mapping[str, Any]) -> None:
+    """The parameters of a seed if `keeps` says so, then what it ended with, which marks it as finished."""
+    checkpoints = folder.checkpoints / task.name
+    if params is not None:
         checkpoint.save_params(checkpoints, seed, params)
     folder.write(f"tasks/{task.name}/{seed}", ended)
-    if not keep_all:
+    if not _is_a_start(task):
         for other in set(checkpoint.steps_of(checkpoints)) - {best(folder, task)}:
             (checkpoints / str(other)).rmtree()
 

@@ -1,6 +1,6 @@
 """Trains one task for several seeds at once, as one `vmap`ped program; all that is random depends on the seed alone.
 
-All devices of the host share the work: each trains its share of the seeds if their number divides, else of the rows.
+All devices of all processes share the work: seeds as far as their number divides, then the rows of each seed's batch.
 
 S seeds, B rows of a batch, T tokens, C outputs of the head (of which a regression has 1).
 """
@@ -8,6 +8,7 @@ S seeds, B rows of a batch, T tokens, C outputs of the head (of which a regressi
 import concurrent.futures
 import dataclasses
 import functools
+import math
 import os
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from typing import Any
@@ -17,13 +18,13 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax import Array
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Float
 
-from convattn_jax import compiled
+from convattn_jax import compiled, sharding
 from convattn_jax.glue.batches import Batch, Joined, Rows, join, pad_rows
 from convattn_jax.glue.examples import Encoded, buckets
-from convattn_jax.model.classifier import SequenceClassifier, widen
+from convattn_jax.model.classifier import SequenceClassifier, narrow, widen
 from convattn_jax.model.heads import cross_entropy
 from convattn_jax.model.inputs import from_mask
 from convattn_jax.train import TrainState
@@ -84,11 +85,6 @@ class Trainer:
 
     def __init__(self, model: SequenceClassifier, compilers: concurrent.futures.Executor | None = None):
         self.model, self._compilers = model, compilers or make_compilers()
-        devices = jax.local_devices()
-        self._mesh = jax.make_mesh((len(devices),), ("devices",), axis_types=(AxisType.Auto,), devices=devices)
-        self._start = jax.jit(self._start_all, static_argnums=(2, 3))
-        self._step = jax.jit(self._step_all, donate_argnums=0)
-        self._predict = jax.jit(jax.vmap(functools.partial(predict, model)))
         self._shapes: Any = jax.eval_shape(model.initial_params, jax.random.key(0))
         self._programs: dict[Hashable, concurrent.futures.Future[Any]] = {}
 
@@ -107,18 +103,18 @@ class Trainer:
         if apart:
             encoder = jax.tree.map(lambda *leaves: np.stack([np.asarray(leaf) for leaf in leaves]), *encoders)
         program = self.prepare_start(count, outputs, apart, now=True).result()
-        given = self._spread(encoder, count, 0 if apart else None)
-        state, keys = program(given, np.asarray(seeds, np.uint32))
-        return self._spread(state, count), self._spread(keys, count)
+        given = _place(encoder, sharding.seed_mesh(count, 1), of_seeds if apart else of_all)
+        return program(given, np.asarray(seeds, np.uint32))
 
     def prepare_start(self, seeds: int, outputs: int, apart: bool, now: bool = False) -> concurrent.futures.Future[Any]:
         """The program that draws heads of so many outputs for one encoder, or one a seed (`apart`)."""
 
         def compile_start():
-            encoder = self._shapes["encoder"]
-            encoder = self._placed(_stacked(encoder, seeds), seeds) if apart else self._placed(encoder, seeds, None)
+            mesh, encoder = sharding.seed_mesh(seeds, 1), self._shapes["encoder"]
+            encoder = _like(_stacked(encoder, seeds) if apart else encoder, mesh, of_seeds if apart else of_all)
             numbers = jax.ShapeDtypeStruct((seeds,), np.uint32)
-            return self._start.lower(encoder, numbers, outputs, apart).compile(compiled.options())
+            start = jax.jit(functools.partial(self._start_all, mesh, outputs, apart))
+            return start.lower(encoder, numbers).compile(compiled.options())
 
         return self._program(("start", seeds, outputs, apart), compile_start, now)
 
@@ -126,13 +122,15 @@ class Trainer:
         """The program of a training step on (seeds, rows, length) tokens, as soon as it is compiled."""
 
         def compile_step():
+            mesh = sharding.seed_mesh(seeds, rows)
             keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), seeds))
             state = jax.eval_shape(jax.vmap(_fresh), _stacked(self._shapes, seeds))
             label: Any = jax.ShapeDtypeStruct((seeds, rows), np.float32)
-            batch = self._placed(Batch(_rows_like(seeds, rows, length), label), seeds, 0, 1)
-            state, keys = (self._placed(tree, seeds) for tree in (state, keys))
+            batch = _like(Batch(_rows_like(seeds, rows, length), label), mesh, of_rows)
+            state, keys = (_like(tree, mesh, of_seeds) for tree in (state, keys))
             numbers = (jax.ShapeDtypeStruct((), kind) for kind in (np.float32, np.int32))
-            return self._step.lower(state, batch, keys, *numbers).compile(compiled.options())
+            step = jax.jit(functools.partial(self._step_all, mesh), donate_argnums=0)
+            return step.lower(state, batch, keys, *numbers).compile(compiled.options())
 
         return self._program(("step", seeds, rows, length), compile_step, now)
 
@@ -140,11 +138,19 @@ class Trainer:
         """The program of a prediction for (seeds, rows, length) tokens."""
 
         def compile_predict():
-            params = self._placed(_stacked(self._shapes, seeds), seeds)
-            batch = self._placed(_rows_like(seeds, rows, length), seeds, 0, 1)
-            return self._predict.lower(params, batch).compile(compiled.options())
+            mesh = sharding.seed_mesh(seeds, rows)
+            params = _like(_stacked(self._shapes, seeds), mesh, of_seeds)
+            batch = _like(_rows_like(seeds, rows, length), mesh, of_rows)
+            of_one = functools.partial(predict, self._on(mesh))
+            all_read = NamedSharding(mesh, PartitionSpec())
+            of_all_seeds = jax.jit(jax.vmap(of_one, spmd_axis_name=sharding.SEEDS), out_shardings=all_read)
+            return of_all_seeds.lower(params, batch).compile(compiled.options())
 
         return self._program(("predict", seeds, rows, length), compile_predict, now)
+
+    def _on(self, mesh: Mesh) -> SequenceClassifier:
+        """The model with its operations spread over a mesh."""
+        return self.model.clone(operations=sharding.shard_operations(self.model.operations, mesh), parent=None)
 
     def _program(self, key: Hashable, compile_it: Callable[[], Any], now: bool) -> concurrent.futures.Future[Any]:
         if key not in self._programs and now:
@@ -154,28 +160,9 @@ class Trainer:
             self._programs[key] = self._compilers.submit(compile_it)
         return self._programs[key]
 
-    def _sharding(self, leaf: Any, seeds: int, seed_axis: int | None, row_axis: int | None) -> NamedSharding:
-        """Seeds spread over the devices if their number divides, else rows if theirs does, else everything on each."""
-        axis = row_axis if seeds % self._mesh.size else seed_axis
-        if axis is None or leaf.shape[axis] % self._mesh.size:
-            return NamedSharding(self._mesh, PartitionSpec())
-        return NamedSharding(self._mesh, PartitionSpec(*[None] * axis, "devices"))
-
-    def _spread(self, tree: Any, seeds: int, seed_axis: int | None = 0, row_axis: int | None = None) -> Any:
-        """A tree of arrays on all devices."""
-        return jax.tree.map(lambda leaf: jax.device_put(leaf, self._sharding(leaf, seeds, seed_axis, row_axis)), tree)
-
-    def _placed(self, tree: Any, seeds: int, seed_axis: int | None = 0, row_axis: int | None = None) -> Any:
-        """The shapes of what `_spread` gives."""
-
-        def of(leaf: Any) -> jax.ShapeDtypeStruct:
-            return jax.ShapeDtypeStruct(
-                leaf.shape, leaf.dtype, sharding=self._sharding(leaf, seeds, seed_axis, row_axis)
-            )
-
-        return jax.tree.map(of, tree)
-
-    def _start_all(self, encoder: Params, seeds: Array, outputs: int, apart: bool) -> tuple[TrainState, Array]:
+    def _start_all(
+        self, mesh: Mesh, outputs: int, apart: bool, encoder: Params, seeds: Array
+    ) -> tuple[TrainState, Array]:
         narrow = self.model.clone(classes=outputs, parent=None)
 
         def of_seed(encoder: Params, seed: Array) -> tuple[TrainState, Array]:
@@ -183,7 +170,7 @@ class Trainer:
             params = narrow.initial_params(jax.random.fold_in(key, 0))
             return _fresh(widen({**params, "encoder": encoder}, self.model.classes)), key
 
-        return jax.vmap(of_seed, in_axes=(0 if apart else None, 0))(encoder, seeds)
+        return _held(jax.vmap(of_seed, in_axes=(0 if apart else None, 0))(encoder, seeds), mesh)
 
     def train(
         self,
@@ -202,24 +189,25 @@ class Trainer:
         first = int(state.step[0])
         for step, (batch, rate) in enumerate(zip(batches, schedule.rates()[first:], strict=True), start=first + 1):
             program = self.prepare_step(*batch.rows.ids.shape, now=True).result()
-            state, losses = program(state, self._spread(batch, len(keys), 0, 1), keys, rate, np.int32(outputs))
+            placed = _place(batch, sharding.seed_mesh(*batch.labels.shape), of_rows)
+            state, losses = program(state, placed, keys, rate, np.int32(outputs))
             report(step, losses, int(batch.rows.mask.sum()))
             if ends(step, state):
                 break
         return state
 
     def _step_all(
-        self, state: TrainState, batch: Batch, keys: Array, rate: Array, outputs: Array
+        self, mesh: Mesh, state: TrainState, batch: Batch, keys: Array, rate: Array, outputs: Array
     ) -> tuple[TrainState, Array]:
-        state, losses = jax.vmap(self._step_one, in_axes=(0, 0, 0, None, None))(state, batch, keys, rate, outputs)
-        placed = jax.tree.map(lambda leaf: self._sharding(leaf, len(keys), 0, None), state)
-        return jax.lax.with_sharding_constraint(state, placed), losses
+        step = functools.partial(self._step_one, model=self._on(mesh))
+        each = jax.vmap(step, in_axes=(0, 0, 0, None, None), spmd_axis_name=sharding.SEEDS)
+        return _held(each(state, batch, keys, rate, outputs), mesh)
 
     def _step_one(
-        self, state: TrainState, batch: Batch, key: Array, rate: Array, outputs: Array
+        self, state: TrainState, batch: Batch, key: Array, rate: Array, outputs: Array, model: SequenceClassifier
     ) -> tuple[TrainState, Array]:
         dropout_key = jax.random.fold_in(jax.random.fold_in(key, 1), state.step)
-        loss_of = jax.value_and_grad(functools.partial(loss, self.model))
+        loss_of = jax.value_and_grad(functools.partial(loss, model))
         value, gradient = loss_of(state.params, batch, dropout_key, outputs)
         directions, opt_state = ADAM.update(gradient, state.opt_state)
         params = jax.tree.map(lambda param, direction: param - rate * direction, state.params, directions)
@@ -231,7 +219,7 @@ class Trainer:
         """Logits of every row exactly once by every seed, in the rows' order; rows of like length share a batch."""
         seeds = jax.tree.leaves(params)[0].shape[0]
         out = np.zeros((seeds, len(encoded), self.model.classes), np.float32)
-        params, texts = self._spread(params, seeds), join(encoded)
+        texts = join(encoded)
         for edge, part, numbers in _parts(encoded, edges, batch_size):
             everyone = np.broadcast_to(numbers, (seeds, batch_size))
             out[:, part] = self._logits(params, texts, everyone, edge, pad)[:, : len(part)]
@@ -240,7 +228,22 @@ class Trainer:
     def copies(self, params: Params, count: int) -> Params:
         """One seed's parameters so many times, (S, ...), for `predict_alone`."""
         wide = widen(jax.device_get(params), self.model.classes)
-        return self._spread(jax.tree.map(lambda leaf: np.broadcast_to(leaf, (count, *leaf.shape)), wide), count)
+        copies = jax.tree.map(lambda leaf: np.broadcast_to(leaf, (count, *leaf.shape)), wide)
+        return _place(copies, sharding.seed_mesh(count, 1), of_seeds)
+
+    def params_of(self, params: Params, index: int, outputs: int) -> Params:
+        """One seed's parameters on every host, the head cut to a task's outputs."""
+        seeds = jax.tree.leaves(params)[0].shape[0]
+
+        def compile_take():
+            mesh = sharding.seed_mesh(seeds, 1)
+            shapes = _like(_stacked(self._shapes, seeds), mesh, of_seeds)
+            all_read = NamedSharding(mesh, PartitionSpec())
+            take = jax.jit(lambda params, i: jax.tree.map(lambda leaf: leaf[i], params), out_shardings=all_read)
+            return take.lower(shapes, jax.ShapeDtypeStruct((), np.int32)).compile()
+
+        take = self._program(("take", seeds), compile_take, now=True).result()
+        return narrow(jax.tree.map(np.asarray, take(params, np.int32(index))), outputs)
 
     def predict_alone(
         self, params: Params, encoded: Sequence[Encoded], edges: Sequence[int], batch_size: int, pad: int
@@ -256,8 +259,50 @@ class Trainer:
     def _logits(self, params: Params, texts: Joined, numbers: np.ndarray, edge: int, pad: int) -> np.ndarray:
         seeds, count = numbers.shape
         program = self.prepare_predict(seeds, count, edge, now=True).result()
-        rows = self._spread(pad_rows(texts, numbers, edge, pad), seeds, 0, 1)
+        rows = _place(pad_rows(texts, numbers, edge, pad), sharding.seed_mesh(seeds, count), of_rows)
         return np.asarray(program(params, rows))
+
+
+# --- where arrays are: (S, ...) of seeds, (S, B, ...) of the rows of their batches, or the same for all ---
+
+
+def of_seeds(leaf: Any) -> PartitionSpec:
+    """Each device has its seeds; one number a seed is on every device, where every process reads it."""
+    return PartitionSpec(sharding.SEEDS) if leaf.ndim > 1 else PartitionSpec()
+
+
+def of_rows(leaf: Any) -> PartitionSpec:
+    """Each device has its rows of its seeds' batches."""
+    return PartitionSpec(sharding.SEEDS, *sharding.BATCH)
+
+
+def of_all(leaf: Any) -> PartitionSpec:
+    """Every device has it."""
+    return PartitionSpec()
+
+
+Where = Callable[[Any], PartitionSpec]
+
+
+def _shardings(tree: Any, mesh: Mesh, where: Where) -> Any:
+    return jax.tree.map(lambda leaf: NamedSharding(mesh, where(leaf)), tree)
+
+
+def _place(tree: Any, mesh: Mesh, where: Where) -> Any:
+    """A host's arrays on all devices."""
+    return sharding.place(tree, _shardings(tree, mesh, where))
+
+
+def _like(tree: Any, mesh: Mesh, where: Where) -> Any:
+    """The shapes of what `_place` gives."""
+    return jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=NamedSharding(mesh, where(leaf))), tree
+    )
+
+
+def _held(tree: Any, mesh: Mesh) -> Any:
+    """What a program leaves of its seeds, in its place."""
+    return jax.lax.with_sharding_constraint(tree, _shardings(tree, mesh, of_seeds))
 
 
 def _fresh(params: Params) -> TrainState:
@@ -295,7 +340,8 @@ def bytes_per_seed(model: SequenceClassifier, parameters: int, batch_size: int, 
 def seeds_that_fit(one_seed: int, seeds: int, budget: int | None, devices: int = 1) -> int:
     """How many seeds train together, at least one: all, or what 80 % of each device's memory (`budget`) holds.
 
-    More than there are devices are a multiple of them, so that each device gets as many.
+    Of more than it holds, a number that divides well over the devices is taken.
     """
-    fit = seeds if budget is None else min(seeds, devices * (int(0.8 * budget) // one_seed))
-    return max(1, fit - fit % devices if fit > devices else fit)
+    room = seeds if budget is None else int(0.8 * budget) // one_seed
+    together = range(seeds, 1, -1)
+    return next((count for count in together if count // math.gcd(count, devices) <= room), 1)

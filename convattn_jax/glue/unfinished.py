@@ -18,7 +18,8 @@ from convattn_jax.config import check
 from convattn_jax.console import Console
 from convattn_jax.glue.tasks import Task
 from convattn_jax.run import RunFolder
-from convattn_jax.train import TrainState
+from convattn_jax.train import TrainState, agree
+from convattn_jax.watchdog import Alive
 
 SHOWN = 20  # steps between two looks at the losses
 
@@ -71,8 +72,10 @@ class Progress:
     account: Account
     checkpoints: Checkpoints
     stop: Callable[[int], bool]
+    alive: Alive
 
     def __post_init__(self):
+        self.stopped = False
         self._began, self._saved, self._tokens = time.perf_counter(), time.monotonic(), 0
         self._losses: list[tuple[int, Any]] = []  # since they were looked at last
 
@@ -82,20 +85,25 @@ class Progress:
         self._tokens += tokens
         if step % SHOWN == 0 or step == self.steps:
             self._check_finite()
+            self.alive()
             elapsed, left = time.perf_counter() - self._began, self.console.seconds_left(step, self.steps)
-            self.console.training(step, self.steps, float(losses.mean()), None, self._tokens / elapsed, left)
+            self.console.training(
+                step, self.steps, float(np.asarray(losses).mean()), None, self._tokens / elapsed, left
+            )
 
     def ends(self, step: int, state: TrainState) -> bool:
         """Saves when it is time or when training is to stop here, which it says."""
-        stops = self.stop(step)
+        stops = self.stopped = self.stop(step)
         if step == self.steps:
-            return False
-        if stops or time.monotonic() - self._saved > self.save_seconds:
+            return False  # what these seeds end with is still written
+        asks = step % SHOWN == 0 or jax.process_count() == 1  # several have to agree, which takes time
+        if stops or (asks and agree(time.monotonic() - self._saved > self.save_seconds)):
             self._check_finite()
             self.account.charge("training")
             self.checkpoints.save(state)
             self.account.charge("saving")
             self._saved = time.monotonic()
+            self.alive()
         return stops
 
     def _check_finite(self) -> None:
