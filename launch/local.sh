@@ -14,7 +14,7 @@ installs this code in .venv, the first time and for other EXTRAS, and runs pytho
 settings
   EXTRAS     what to install with it: cuda, tpu, gcs, ... (commas between)  [cuda where there is an NVIDIA GPU]
   DEVICES    pretend that the CPU is that many devices, to try a mesh
-  PROCESSES  pre-train as that many processes, one GPU each (or DEVICES), as NVIDIA advises where there are several
+  PROCESSES  run as that many processes, one GPU each (or DEVICES), as NVIDIA advises where there are several
              [1, with all devices]
   PORT       where they meet                                                [12355]
 
