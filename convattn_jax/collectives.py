@@ -12,6 +12,10 @@ _WHILE = re.compile(r" while\(.*body=%?([\w.\-]+)")
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"')
 _CALLS = re.compile(r"(?:calls|to_apply|true_computation|false_computation)=%?([\w.\-]+)")
 _BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
+# TPUs: a collective under way beside several fusions stands in each of them, with the number of its chain; and one that
+# is cut at once is an all-reduce within a fusion that is named after both.
+_CHAIN = re.compile(r'chain_id="(\d+)"')
+_SCATTERED = "all-reduce-scatter"
 _ARRAY = re.compile(r"\b(pred|bf16|[fsu]\d+)(?:e\w+)?\[([\d,]*)\]")
 
 
@@ -38,14 +42,22 @@ def collectives(hlo: str) -> list[Collective]:
     """All of them, by kind and group, each as often as the loops around it run; the most bytes first."""
     bodies, entry = _computations(hlo)
     totals: dict[tuple[str, int], list[int]] = collections.defaultdict(lambda: [0, 0])
+    chains: set[str] = set()
 
     def visit(name: str, times: int) -> None:
         for line in bodies.get(name, ()):
             if found := _INSTRUCTION.search(line):
+                if chain := _CHAIN.search(line):
+                    if chain[1] in chains:
+                        continue
+                    chains.add(chain[1])
                 result, kind, started = found.groups()
-                total = totals[kind, _group(line)]
+                group, size = _group(line), _bytes(result, kind, bool(started))
+                if kind == "all-reduce" and name.startswith(_SCATTERED):
+                    kind, size = "reduce-scatter", size // max(group, 1)
+                total = totals[kind, group]
                 total[0] += times
-                total[1] += times * _bytes(result, kind, bool(started))
+                total[1] += times * size
             elif loop := _WHILE.search(line):
                 trips = _TRIPS.search(line)
                 visit(loop[1], times * int(trips[1]) if trips else times)

@@ -119,7 +119,6 @@ def settings_of(c: FinetuneConfig) -> dict[str, Any]:
     settings = to_plain(c)
     for key in ("tasks", "together", "seeds", "save_seconds"):  # a later call may add to them
         settings["glue"].pop(key)
-    settings.pop("watchdog")
     return settings
 
 

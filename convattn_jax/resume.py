@@ -33,6 +33,7 @@ ADDED = {
     "train.deterministic": False,
     "resume.allow": [],
     "mesh.dry_run": False,
+    "mesh.chips": "",
     "watchdog.killed_seconds": 100,
     "watchdog.frozen_seconds": 300,
     "glue.learning_rate": 0.0,

@@ -48,6 +48,7 @@ class MeshConfig:
     fsdp: int
     tensor: int
     dry_run: bool = False
+    chips: str = ""
 
     @property
     def sizes(self) -> tuple[int, int, int]:
@@ -59,6 +60,9 @@ class MeshConfig:
         for axis, size in zip(AXES, sizes, strict=True):
             check(size == -1 or size >= 1, f"mesh.{axis}={size} must be at least 1, or -1 for the rest")
         check(sizes.count(-1) <= 1, "mesh: only one of data, fsdp, tensor can be -1 (the rest)")
+        check(
+            self.dry_run or not self.chips, f"mesh.chips={self.chips} is of a dry run: give --config.mesh.dry_run too"
+        )
 
     def shape(self, devices: int) -> tuple[int, int, int]:
         """(data, fsdp, tensor), with the -1 filled in.
@@ -75,10 +79,10 @@ class MeshConfig:
         return sizes[0], sizes[1], sizes[2]
 
 
-def make_mesh(config: MeshConfig) -> Mesh:
-    """A mesh over all devices of all hosts; compilers infer what no rule says (Auto axes)."""
-    shape = config.shape(jax.device_count())
-    return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
+    """A mesh over all devices of all hosts, or these; compilers infer what no rule says (Auto axes)."""
+    shape = config.shape(jax.device_count() if devices is None else len(devices))
+    return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
 
 
 def abstract_mesh(config: MeshConfig) -> AbstractMesh:

@@ -1,15 +1,19 @@
 """What a dry run says: the collectives of a program's text, and a mesh of 256 devices that isn't there."""
 
+import importlib.util
 import io
 import subprocess
 import sys
 
+import jax
 import pytest
 import tiny
+from jax.experimental import topologies
 
-from convattn_jax import dryrun, main
+from convattn_jax import dryrun, main, sharding
 from convattn_jax.collectives import Collective, collectives
 from convattn_jax.config import UserError
+from convattn_jax.kernels import choice
 
 PROGRAM = """HloModule jit_step, num_partitions=8
 
@@ -29,6 +33,18 @@ PROGRAM = """HloModule jit_step, num_partitions=8
   ROOT %a = (f32[4]{0}, f32[4]{0}) all-to-all(%u, %v), channel_id=7, replica_groups={{0,1},{2,3},{4,5},{6,7}}
 }
 
+%early (p: bf16[2]) -> bf16[8] {
+  %e = bf16[8]{0:T(8)} all-gather(%p), channel_id=9, replica_groups=[2,4]<=[8], frontend_attributes={chain_id="1"}
+}
+
+%beside (p: bf16[2]) -> bf16[8] {
+  %f = bf16[8]{0:T(8)} all-gather(%p), channel_id=9, replica_groups=[2,4]<=[8], frontend_attributes={chain_id="1"}
+}
+
+%all-reduce-scatter.3 (input: f32[32]) -> f32[4] {
+  %l = f32[32]{0:T(8)} all-reduce(%input), channel_id=8, replica_groups=[1,8]<=[8], to_apply=%add
+}
+
 ENTRY %main (a: f32[16,4]) -> f32[16,4] {
   %w = (s32[], f32[16,4]) while(%t), condition=%c, body=%body, backend_config={"known_trip_count":{"n":"12"}}
   %r = (f32[16,4]{1,0}, /*index=1*/f32[]) all-reduce(%a, %b), replica_groups={{0,1,2,3},{4,5,6,7}}, to_apply=%add
@@ -38,6 +54,9 @@ ENTRY %main (a: f32[16,4]) -> f32[16,4] {
   %o = ((f32[3]{0}, f32[5]{0}), (f32[3]{0}, f32[5]{0})) all-reduce-start(%a, %b), replica_groups={{0,1}}, to_apply=%add
   %p = (f32[6]{0}, f32[6]{0}, u32[], u32[]) collective-permute-start(%a), source_target_pairs={{0,1},{1,0}}
   %y = ((f32[16]), f32[2], s32[]) async-start(%z), calls=%inside
+  %h = (bf16[8], u32[]) fusion(%a), kind=kCustom, calls=%early
+  %j = bf16[8] fusion(%h), kind=kOutput, calls=%beside
+  %k = f32[4] fusion(%a), kind=kCustom, calls=%all-reduce-scatter.3
   %n = f32[2] conditional(%i, %a, %b), branch_computations={%first, %add}
 }
 """
@@ -50,7 +69,8 @@ def test_collectives_are_counted_as_often_as_they_run_with_the_bytes_of_their_re
         Collective("all-reduce", 2, 1, 3 * 4 + 5 * 4),
         Collective("all-to-all", 2, 1, 2 * 4 * 4),
         Collective("collective-permute", 0, 1, 6 * 4),
-        Collective("reduce-scatter", 8, 1, 2 * 4),
+        Collective("reduce-scatter", 8, 2, 2 * 4 + 4 * 4),
+        Collective("all-gather", 4, 1, 8 * 2),
     ]
 
 
@@ -103,7 +123,9 @@ def test_a_mesh_without_size_or_sense_is_an_error(tmp_path, changes, message):
         dryrun.start(tiny.config(tmp_path, mesh__dry_run=True, **changes))
 
 
-def test_what_the_compiling_process_finds_wrong_is_the_one_error(tmp_path, monkeypatch, capsys):
+def compile_in_this_process(monkeypatch, capsys):
+    """Has `dryrun.start` compile here; its environment comes too late to have any effect."""
+
     def compile_here(command, input, **_):
         capsys.readouterr()
         monkeypatch.setattr(sys, "stdin", io.StringIO(input))
@@ -114,6 +136,10 @@ def test_what_the_compiling_process_finds_wrong_is_the_one_error(tmp_path, monke
         return subprocess.CompletedProcess(command, 0, *capsys.readouterr())
 
     monkeypatch.setattr(dryrun.subprocess, "run", compile_here)
+
+
+def test_what_the_compiling_process_finds_wrong_is_the_one_error(tmp_path, monkeypatch, capsys):
+    compile_in_this_process(monkeypatch, capsys)
     with pytest.raises(UserError, match=r"^tokenizer\.model: none\.model cannot be read"):
         dryrun.start(tiny.config(tmp_path, mesh__dry_run=True, mesh__data=1, tokenizer__model="none.model"))
     assert capsys.readouterr() == ("", "")
@@ -122,5 +148,112 @@ def test_what_the_compiling_process_finds_wrong_is_the_one_error(tmp_path, monke
 def test_a_compilation_that_fails_is_an_error(tmp_path, monkeypatch):
     ended = subprocess.CompletedProcess([sys.executable], -9, "")
     monkeypatch.setattr(dryrun.subprocess, "run", lambda *_, **__: ended)
-    with pytest.raises(UserError, match=r"mesh\.dry_run: compiling for 2 devices ended with status -9"):
+    with pytest.raises(UserError, match=r"mesh\.dry_run: compiling for 2 CPU devices ended with status -9"):
         dryrun.start(tiny.config(tmp_path, mesh__dry_run=True, mesh__data=2))
+
+
+# --- TPUs that aren't there, by their own compiler ---
+
+
+def on_chips(folder, chips, **changes):
+    return dryrun.start(tiny.config(folder, mesh__dry_run=True, mesh__chips=chips, **changes))
+
+
+def test_chips_are_of_a_dry_run():
+    with pytest.raises(UserError, match=r"^mesh\.chips=v5e:4x4 is of a dry run: give --config\.mesh\.dry_run too$"):
+        sharding.MeshConfig(-1, 1, 1, chips="v5e:4x4")
+
+
+def test_without_their_compiler_it_says_how_to_get_it(tmp_path, monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r"mesh\.chips=v5e:4x4 needs the compiler for TPUs: pip install libtpu"):
+        on_chips(tmp_path, "v5e:4x4")
+
+
+class Slice:
+    """What JAX says of chips that it knows: four of them, which are this machine's CPU."""
+
+    devices = (jax.devices()[0],) * 4
+
+
+@pytest.fixture
+def compiler(monkeypatch, capsys):
+    """A compiler for TPUs, as far as it can be played: it knows v5e:2x2 and says what the test sets."""
+
+    def know(name, **_):
+        if name != "v5e:2x2":
+            raise jax.errors.JaxRuntimeError("INVALID_ARGUMENT: Invalid TPU external name: TPU v9")
+        return Slice
+
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
+    monkeypatch.setattr(topologies, "get_topology_desc", know)
+    compile_in_this_process(monkeypatch, capsys)
+
+
+@pytest.mark.parametrize(
+    ("chips", "changes", "message"),
+    [
+        (
+            "v9:2x2",
+            {},
+            r"^mesh\.chips=v9:2x2 is no slice that libtpu knows \(Invalid TPU external name: TPU v9\): name",
+        ),
+        ("v5e:2x2", {"mesh__fsdp": 3}, "mesh.data=-1 x mesh.fsdp=3 x mesh.tensor=1 does not multiply to the 4 devices"),
+        ("v5e:2x2", {"train__batch_size": 6}, r"train\.batch_size=6 does not divide by .* = 4 x 1"),
+    ],
+)
+def test_what_does_not_go_with_the_chips_is_an_error(tmp_path, compiler, chips, changes, message):
+    with pytest.raises(UserError, match=message):
+        on_chips(tmp_path, chips, **changes)
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        "RESOURCE_EXHAUSTED: E1000: Ran out of memory on HBM, the memory (37.13G) exceeds available HBM (15.75G). See",
+        "RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 37.13G of 15.75G hbm. Exceeded",
+    ],
+)
+def test_what_the_chips_cannot_hold_is_one_line_with_both_sizes(tmp_path, compiler, monkeypatch, said):
+    def full(_):
+        raise jax.errors.JaxRuntimeError(said)
+
+    monkeypatch.setattr(dryrun.Program, "lower", full)
+    with pytest.raises(
+        UserError, match=r"^train\.batch_size=4: a step needs 37\.13GiB of the 15\.75GiB that a chip of"
+    ):
+        on_chips(tmp_path, "v5e:2x2")
+
+
+def test_within_the_block_programs_are_for_another_platform():
+    here = choice.default_platform()
+    platforms = [choice.platform_of(kind, "tpu") for kind in ("TPU v5 lite", "TPU v4")]
+    assert platforms == ["tpu", "tpu v4"]
+    with choice.compiling_for(platforms[0]), choice.compiling_for(platforms[1]):
+        assert choice.default_platform() == "tpu v4"
+    assert choice.default_platform() == here
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("chips", "kind"), [("v5e:4x4", "TPU v5 lite"), ("v6e:4x4", "TPU v6 lite")])
+def test_the_compiler_for_tpus_takes_the_step_with_its_kernels(tmp_path, chips, kind, capfd):
+    pytest.importorskip("libtpu")
+    shape = {
+        "layers": 1,
+        "width": 128,
+        "heads": 2,
+        "hidden": 256,
+        "embedding": 128,
+        "dtype": "bfloat16",
+        "kernel": "pallas_tpu",
+    }
+    changes = {f"model__{key}": value for key, value in shape.items()}
+    found = on_chips(
+        tmp_path, chips, **changes, mesh__fsdp=4, data__length=128, model__max_length=128, train__batch_size=32
+    )
+    assert found["mesh"] == [4, 4, 1]
+    assert found["device"] == kind
+    sent = {(kind, group): (runs, size) for kind, group, runs, size in found["collectives"]}
+    assert sent["reduce-scatter", 4][0] >= 4  # of the gradients of a layer's kernels, which a CPU reduces and cuts
+    assert sent["all-gather", 4][0] >= 2 * 4
+    assert "with the kernels of model.kernel" in capfd.readouterr().out

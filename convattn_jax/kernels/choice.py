@@ -1,8 +1,9 @@
 """Which form of attention, of a convolution, of a sublayer's end serves a call: the first with no reason against it."""
 
+import contextlib
 import functools
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import NamedTuple
 
 import jax
@@ -78,10 +79,27 @@ def choose(what: str, reasons: Mapping[str, str | None], forced: str, platform: 
     raise AssertionError("the plain form serves everything")
 
 
+_targets: list[str] = []  # platforms that are compiled for, where it isn't this machine's own; the last one counts
+
+
+@contextlib.contextmanager
+def compiling_for(platform: str) -> Iterator[None]:
+    """Within the block programs are meant for another platform, as `platform_of` names it, than this machine's."""
+    _targets.append(platform)
+    try:
+        yield
+    finally:
+        _targets.pop()
+
+
+def platform_of(device_kind: str, platform: str) -> str:
+    """The platform of a kind of device; of old TPUs with their version."""
+    return device_kind.lower() if device_kind.startswith(OLD_TPUS) else platform
+
+
 def default_platform() -> str:
-    """The platform that computations run on unless said otherwise; of old TPUs with their version."""
-    kind = jax.devices()[0].device_kind
-    return kind.lower() if kind.startswith(OLD_TPUS) else jax.default_backend()
+    """The platform that computations run on unless said otherwise."""
+    return _targets[-1] if _targets else platform_of(jax.devices()[0].device_kind, jax.default_backend())
 
 
 @functools.cache
