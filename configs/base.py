@@ -132,7 +132,7 @@ def _paper() -> ConfigDict:
     mesh.fsdp = 1
     mesh.tensor = 1
     mesh.dry_run = False  # only compile for such a mesh, there or not, and say what it would hold and send
-    mesh.chips = ""  # of a dry run: these TPUs in place of CPUs, such as v5e:16x16; needs libtpu, but no TPU
+    mesh.chips = ""  # of a dry run: these TPUs in place of CPUs, such as v5e:16x16; needs the extra tpu, but no TPU
 
     c.resume = resume = ConfigDict()
     resume.allow = ()  # keys changed on purpose in a run that has begun, such as optimizer.learning_rate,train.steps

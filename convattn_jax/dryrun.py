@@ -30,9 +30,7 @@ from convattn_jax.kernels import choice
 from convattn_jax.program import PretrainConfig, Program, made_up_vocabulary
 
 # What is compiled never runs: no time goes into making it fast.
-COMPILER = (
-    "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true --xla_cpu_use_fusion_emitters=false"
-)
+COMPILER = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
 MOST_DEVICES = 2048  # XLA numbers a process's CPU devices with eleven bits
 UNSEEN = (
     "Compiled for CPU devices with model.kernel=plain, which cannot show: the fused attention kernel (the memory above "
@@ -44,6 +42,7 @@ UNSEEN_FOR_TPUS = (
     "Compiled by XLA for these TPUs, with the kernels of model.kernel; it refuses what their memory doesn't hold. What "
     "it cannot show: time."
 )
+LIBTPU = "pip install -e '.[tpu]'"
 # The compiler asks neither for the machine's own TPUs nor for their metadata server.
 NO_TPU_HERE = {
     "TPU_SKIP_MDS_QUERY": "1",
@@ -71,7 +70,7 @@ def start(config: ml_collections.ConfigDict) -> dict[str, Any]:
     if c.mesh.chips:
         check(
             importlib.util.find_spec("libtpu") is not None,
-            f"mesh.chips={c.mesh.chips} needs the compiler for TPUs: pip install libtpu, which needs no TPU",
+            f"mesh.chips={c.mesh.chips} needs libtpu, which needs no TPU: {LIBTPU}",
         )
         where, flags = c.mesh.chips, ""  # libtpu ends the process at a flag that isn't its own: it has LIBTPU_INIT_ARGS
     else:
@@ -91,7 +90,8 @@ def start(config: ml_collections.ConfigDict) -> dict[str, Any]:
         check=False,
     )
     if ended.returncode:
-        raise UserError(f"mesh.dry_run: compiling for {where} ended with status {ended.returncode} (see above)")
+        remedy = f"; is libtpu the one that this JAX asks for? {LIBTPU}" if c.mesh.chips else ""
+        raise UserError(f"mesh.dry_run: compiling for {where} ended with status {ended.returncode} (see above){remedy}")
     found = json.loads(ended.stdout)
     check("error" not in found, found.get("error", ""))
     print("\n".join(report(c, found)))

@@ -166,7 +166,9 @@ def test_chips_are_of_a_dry_run():
 
 def test_without_their_compiler_it_says_how_to_get_it(tmp_path, monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(UserError, match=r"mesh\.chips=v5e:4x4 needs the compiler for TPUs: pip install libtpu"):
+    with pytest.raises(
+        UserError, match=r"^mesh\.chips=v5e:4x4 needs libtpu, which needs no TPU: pip install -e '\.\[tpu\]'"
+    ):
         on_chips(tmp_path, "v5e:4x4")
 
 

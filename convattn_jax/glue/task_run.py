@@ -59,9 +59,7 @@ class TaskRun:
         """Trains the seeds that are not finished, as many together as fit, and predicts the test rows."""
         found = self._found()
         groups = self._groups(found)
-        with distributed.together():
-            if distributed.first_process():
-                self._say_starts([seed for group in groups for seed in group], found)
+        distributed.from_first(lambda: self._say_starts([seed for group in groups for seed in group], found))
         for group in groups:
             self._train(group, found)
         self._predict_tests()
@@ -124,9 +122,8 @@ class TaskRun:
     def _train(self, seeds: Sequence[int], found: "Found") -> None:
         began = time.perf_counter()
         steps, name = self.schedule.steps, f"{self.task.name} x {len(seeds)}"
+        distributed.from_first(lambda: unfinished.begin(self.folder, self.task, self._group(seeds, found)))
         with distributed.together():
-            if distributed.first_process():
-                unfinished.begin(self.folder, self.task, self._group(seeds, found))
             encoders = self._encoders(seeds, found)
         where = unfinished.checkpoints(self.folder, self.task)
         with interrupt.deferred() as stop, contextlib.closing(checkpoint.Checkpoints(where, keep=1)) as checkpoints:
@@ -179,13 +176,9 @@ class TaskRun:
         for i in distributed.from_first(lambda: finished.best_first(self.task, metrics)):
             kept = distributed.from_first(lambda i=i: finished.keeps(self.folder, self.task, metrics[i]))
             of_seed = self.trainer.params_of(params, i, self.task.outputs) if kept else None
-            with distributed.together():
-                if distributed.first_process():
-                    start = {"starts_from": self._start_of(seeds[i], found)}
-                    finished.save(self.folder, self.task, seeds[i], of_seed, ended[i] | start)
-        with distributed.together():
-            if distributed.first_process():
-                unfinished.end(self.folder, self.task)
+            what = seeds[i], of_seed, ended[i] | {"starts_from": self._start_of(seeds[i], found)}
+            distributed.from_first(lambda what=what: finished.save(self.folder, self.task, *what))
+        distributed.from_first(lambda: unfinished.end(self.folder, self.task))
 
     def _start_of(self, seed: int, found: "Found") -> str:
         """The task whose encoder a seed starts from, '' for pre-training."""
@@ -258,9 +251,8 @@ class TaskRun:
             self.alive(compiling=True)
             texts = self.data.tests[test]
             logits = self.trainer.predict_alone(copies, texts.rows, self.edges, EVALUATION_BATCH, pad)[:, :outputs]
-            with distributed.together():
-                if distributed.first_process():
-                    finished.save_prediction(self.folder, *test, best, digest, texts.idx, logits)
+            what = *test, best, digest, texts.idx, logits
+            distributed.from_first(lambda what=what: finished.save_prediction(self.folder, *what))
 
     def _unpredicted(self) -> tuple[int, list[tuple[tuple[str, str], str]]]:
         """The best seed, and the test splits, with their digests, of which it has not said anything yet."""
