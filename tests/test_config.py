@@ -167,7 +167,7 @@ COMMAND_LINES = [
     ([f"--config={COMPOSITE}", "--config.radius=4"], ["did you mean --config.model.radius?"]),
     ([f"--config={COMPOSITE}", "--config.sede=4"], ["did you mean --config.seed?"]),
     ([f"--config={COMPOSITE}", "--config.data.file=4"], ["did you mean --config.data.files?"]),
-    ([f"--config={COMPOSITE}", "--config.mesh=4"], ["it is a group, with config.mesh.data"]),
+    ([f"--config={COMPOSITE}", "--config.mesh=4"], ["it is a group, with config.mesh.chips, config.mesh.data"]),
     ([f"--config={COMPOSITE}", "--radius=4"], ["--radius is no option; did you mean --config.model.radius?"]),
     ([f"--config={COMPOSITE}", "--workdri=4"], ["--workdri is no option (did you mean 'workdir'?)"]),
     ([f"--config={COMPOSITE}", "--config.seed=x"], ["--config.seed=x"]),
