@@ -234,28 +234,3 @@ def test_within_the_block_programs_are_for_another_platform():
     with choice.compiling_for(platforms[0]), choice.compiling_for(platforms[1]):
         assert choice.default_platform() == "tpu v4"
     assert choice.default_platform() == here
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(("chips", "kind"), [("v5e:4x4", "TPU v5 lite"), ("v6e:4x4", "TPU v6 lite")])
-def test_the_compiler_for_tpus_takes_the_step_with_its_kernels(tmp_path, chips, kind, capfd):
-    pytest.importorskip("libtpu")
-    shape = {
-        "layers": 1,
-        "width": 128,
-        "heads": 2,
-        "hidden": 256,
-        "embedding": 128,
-        "dtype": "bfloat16",
-        "kernel": "pallas_tpu",
-    }
-    changes = {f"model__{key}": value for key, value in shape.items()}
-    found = on_chips(
-        tmp_path, chips, **changes, mesh__fsdp=4, data__length=128, model__max_length=128, train__batch_size=32
-    )
-    assert found["mesh"] == [4, 4, 1]
-    assert found["device"] == kind
-    sent = {(kind, group): (runs, size) for kind, group, runs, size in found["collectives"]}
-    assert sent["reduce-scatter", 4][0] >= 4  # of the gradients of a layer's kernels, which a CPU reduces and cuts
-    assert sent["all-gather", 4][0] >= 2 * 4
-    assert "with the kernels of model.kernel" in capfd.readouterr().out
