@@ -31,6 +31,10 @@ class UserError(Exception):
     """Something the user can put right; its text is one line that names the field and the remedy."""
 
 
+class AloneError(UserError):
+    """The other processes of a run are gone: what waits for them at the end of this one would wait in vain."""
+
+
 class Interrupted(KeyboardInterrupt):
     """A run was asked to stop and did, with nothing lost; its text says how to go on.
 
@@ -274,12 +278,13 @@ def _check_value(name: str, value: str | None, default: Any) -> None:
     kind = type(default)
     if kind not in _KINDS or (value is None and kind is bool):
         return
-    example = default
+    example = "True or False" if kind is bool else default
     with contextlib.suppress(ValueError, OverflowError):
         if kind is int and float(value or "").is_integer():
             example = int(float(value or ""))
     check(bool(value), f"--{name} has no value: write --{name}={example}")
-    check(_reads(kind, value or ""), f"--{name}={value} must be {_KINDS[kind]}: write --{name}={example}")
+    remedy = "write one of them" if kind is bool else f"write --{name}={example}"
+    check(_reads(kind, value or ""), f"--{name}={value} must be {_KINDS[kind]}: {remedy}")
 
 
 def _reads(kind: type, value: str) -> bool:
@@ -299,5 +304,6 @@ def _meant(name: str, known: Iterable[str]) -> str:
         return f": it is a group, with {', '.join(k for k in known if k.startswith(name + '.'))}"
     last = name.rsplit(".", 1)[-1]
     same_leaf = [key for key in known if key.rsplit(".", 1)[-1] == last]
-    close = difflib.get_close_matches(name, same_leaf or known, n=1, cutoff=0.0 if same_leaf else 0.5)
-    return f"; did you mean --{close[0]}?" if close else ""
+    shorter = {key.removeprefix("config."): key for key in same_leaf or known}  # what all share makes none alike
+    close = difflib.get_close_matches(name.removeprefix("config."), shorter, n=1, cutoff=0.0 if same_leaf else 0.6)
+    return f"; did you mean --{shorter[close[0]]}?" if close else ""

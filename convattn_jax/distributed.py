@@ -51,6 +51,8 @@ def start(cluster: Cluster, heartbeat_seconds: int = 100) -> None:
     if jax.distributed.is_initialized() or (method is None and not cluster.coordinator):
         return
     where = f"--coordinator={cluster.coordinator}" if cluster.coordinator else f"the environment ({method})"
+    if cluster.process == 0:
+        check_port(cluster.coordinator)
     failed: list[Exception] = []
 
     def join() -> None:
@@ -82,6 +84,37 @@ def start(cluster: Cluster, heartbeat_seconds: int = 100) -> None:
     if failed:
         reason = " ".join(str(failed[0]).split())
         raise UserError(f"{where}: this process could not join the others ({reason}): {ALL}") from failed[0]
+    if cluster.processes is not None:
+        _check_count(cluster.processes)
+
+
+def check_port(coordinator: str) -> None:
+    """Raises a `UserError` where something listens on the coordinator's port, or this process may not.
+
+    JAX's runtime would crash, or share the port with another run, whose processes then meet these.
+    """
+    port, both = int(coordinator.rpartition(":")[2]), socket.has_dualstack_ipv6()
+    family = socket.AF_INET6 if both else socket.AF_INET
+    try:
+        socket.create_server(("", port), family=family, dualstack_ipv6=both).close()
+    except OSError as error:
+        raise UserError(
+            f"--coordinator={coordinator}: {os.strerror(error.errno or 0)}: another run may listen there; name another "
+            "port, the same for all processes"
+        ) from error
+
+
+def _check_count(processes: int) -> None:
+    """Raises a `UserError` where processes were told different numbers of them."""
+    client, this = runtime.global_state.client, jax.process_index()
+    assert client is not None
+    client.key_value_set(f"convattn/processes/{this}", str(processes))
+    for other in range(1, processes) if this == 0 else (0,):
+        told = client.blocking_key_value_get(f"convattn/processes/{other}", 1000 * JOIN_SECONDS)
+        check(
+            int(told) == processes,
+            f"process {this} was told --processes={processes}, process {other} --processes={told}: all need the same",
+        )
 
 
 def check_devices() -> None:
@@ -199,9 +232,14 @@ def check_shared(folder: epath.Path) -> None:
         with together():
             list(folder.iterdir())  # a network file system looks again
             check(probe.exists(), f"--workdir={folder} is another folder than {_name(0)}'s: name one that all share")
-    finally:
+    except UserError:
         if first_process():
             probe.unlink()
+        with contextlib.suppress(OSError):  # it holds something
+            os.rmdir(folder)
+        raise
+    if first_process():
+        probe.unlink()
 
 
 @functools.cache

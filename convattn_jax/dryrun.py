@@ -70,7 +70,8 @@ def start(config: ml_collections.ConfigDict) -> dict[str, Any]:
     if c.mesh.chips:
         check(
             importlib.util.find_spec("libtpu") is not None,
-            f"mesh.chips={c.mesh.chips} needs libtpu, which needs no TPU: {LIBTPU}",
+            f"mesh.chips={c.mesh.chips} needs libtpu, the compiler for TPUs, here without any: {LIBTPU}, best in an "
+            "environment of its own",
         )
         where, flags = c.mesh.chips, ""  # libtpu ends the process at a flag that isn't its own: it has LIBTPU_INIT_ARGS
     else:
@@ -123,9 +124,10 @@ def slice_of(chips: str) -> list[Any]:
     try:
         return list(topologies.get_topology_desc(chips, platform="tpu", **one_of_two_cores).devices)
     except jax.errors.JaxRuntimeError as error:
-        reason = str(error).partition(": ")[2] or error
+        reason = str(error).partition(": ")[2] or str(error)
+        said = "" if "regex" in reason else f" ({reason})"
         raise UserError(
-            f"mesh.chips={chips} is no slice that libtpu knows ({reason}): name it like v5e:16x16, v6e:4x4, v5p:4x4x4"
+            f"mesh.chips={chips} is no slice that libtpu knows{said}: name it like v5e:16x16, v6e:4x4, v5p:4x4x4"
         ) from error
 
 

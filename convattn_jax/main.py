@@ -7,7 +7,17 @@ from collections.abc import Sequence
 from typing import Any
 
 from convattn_jax import determinism, full_disk, stopping
-from convattn_jax.config import BY_KEYBOARD, Command, Interrupted, UserError, check_choice, flatten, from_config, parse
+from convattn_jax.config import (
+    BY_KEYBOARD,
+    AloneError,
+    Command,
+    Interrupted,
+    UserError,
+    check_choice,
+    flatten,
+    from_config,
+    parse,
+)
 from convattn_jax.data import bucket
 
 TASKS = {"pretrain": "convattn_jax.pretrain", "finetune": "convattn_jax.finetune"}
@@ -59,6 +69,10 @@ def main(argv: Sequence[str] | None = None) -> None:
                 if task == "pretrain":
                     _check_effect(command)
                 module.run(command.config, command.workdir)
+    except AloneError as error:
+        _line(error)
+        sys.stdout.flush()
+        os._exit(1)  # not 2: there is nothing to mend, and launchers start it again
     except UserError as error:
         sys.exit(_line(error))
     except OSError as error:
@@ -95,7 +109,7 @@ def _check_effect(command: Command) -> None:
 
 
 def _line(error: UserError) -> int:
-    print(f"error: {error}", file=sys.stderr)
+    print(f"error: {error}", file=sys.stderr, flush=True)
     return 2
 
 

@@ -75,7 +75,10 @@ class MeshConfig:
         if -1 in sizes and devices % known == 0:
             sizes[sizes.index(-1)] = devices // known
         text = " x ".join(f"mesh.{axis}={size}" for axis, size in zip(AXES, sizes, strict=True))
-        check(-1 not in sizes and math.prod(sizes) == devices, f"{text} does not multiply to the {devices} devices")
+        check(
+            -1 not in sizes and math.prod(sizes) == devices,
+            f"{text} does not multiply to the {devices} devices: let it, with one -1 for the rest",
+        )
         return sizes[0], sizes[1], sizes[2]
 
 
@@ -110,10 +113,10 @@ def check_divides(mesh: Mesh | AbstractMesh, batch_size: int, accumulate: int, h
     check(
         batch_size % (rows * accumulate) == 0,
         f"train.batch_size={batch_size} does not divide by mesh.data x mesh.fsdp x train.accumulate = "
-        f"{rows} x {accumulate}",
+        f"{rows} x {accumulate}: choose a multiple of {rows * accumulate}",
     )
     tensor = mesh.shape["tensor"]
-    check(heads % tensor == 0, f"mesh.tensor={tensor} does not divide model.heads={heads}")
+    check(heads % tensor == 0, f"mesh.tensor={tensor} does not divide model.heads={heads}: choose a divisor")
 
 
 def path_name(path: Any) -> str:

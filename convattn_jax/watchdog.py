@@ -9,16 +9,18 @@ import contextlib
 import dataclasses
 import faulthandler
 import math
+import re
 import time
 from collections.abc import Iterator
 from typing import Protocol, runtime_checkable
 
 import jax
 
-from convattn_jax.config import check
+from convattn_jax.config import AloneError, check
 
 COMPILING = 10  # times as long may pass where a program is compiled first
 LEAVING = 30  # seconds that a process that has failed waits for the others to leave in good order
+LOST = re.compile(r"gloo|nccl|connection (reset|closed|refused)|remote process", re.IGNORECASE)  # of failed collectives
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,6 +51,9 @@ def watched(frozen_seconds: int) -> Iterator[Alive]:
     If it doesn't, the stacks of all threads go to stderr and the process ends with status 1; so it does some time
     after an exception, for at the end of a process JAX waits for the others, who may wait for it. A single process
     is let alone: nobody waits for it, and a person may have stopped it with Ctrl-Z.
+
+    Raises:
+      AloneError: a collective has failed, as they do when another process is gone.
     """
     if jax.process_count() == 1:
         yield lambda compiling=False: None
@@ -69,7 +74,13 @@ def watched(frozen_seconds: int) -> Iterator[Alive]:
     alive(compiling=True)
     try:
         yield alive
-    except BaseException:
+    except BaseException as error:
         faulthandler.dump_traceback_later(LEAVING, exit=True)
+        if isinstance(error, jax.errors.JaxRuntimeError) and LOST.search(str(error)):
+            reason = " ".join(str(error).split())[:200]
+            raise AloneError(
+                f"another process is gone, or its network ({reason}): the same command in all processes goes on from "
+                "the last checkpoint"
+            ) from error
         raise
     faulthandler.cancel_dump_traceback_later()

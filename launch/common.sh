@@ -76,6 +76,7 @@ options() {
         case $word in
             --help | -h) usage && exit ;;
             --dry-run) dry_run=yes ;;
+            --dryrun | --dry_run | -n) fail "$word is no option; did you mean --dry-run?" ;;
             *) words+=("$word") ;;
         esac
     done

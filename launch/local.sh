@@ -16,7 +16,7 @@ settings
   DEVICES    pretend that the CPU is that many devices, to try a mesh
   PROCESSES  run as that many processes, one GPU each (or DEVICES), as NVIDIA advises where there are several
              [1, with all devices]
-  PORT       where they meet                                                [12355]
+  PORT       where they meet                                                [one between 20000 and 32000]
 
   --dry-run  print the commands, ready to be pasted, and run none
 HELP
@@ -24,7 +24,8 @@ HELP
 
 options "$@"
 need_config ${words[@]+"${words[@]}"}
-PROCESSES=${PROCESSES:-1} PORT=${PORT:-12355}
+# Two runs on one machine must not meet; below where systems begin to hand out ports of their own.
+PROCESSES=${PROCESSES:-1} PORT=${PORT:-$((20000 + RANDOM % 12000))}
 whole PROCESSES=1 PORT=1
 ((PORT <= 65535)) || fail "PORT=$PORT is above 65535, the last there is"
 plain EXTRAS
@@ -64,13 +65,21 @@ for ((i = 0; i < PROCESSES; i++)); do
     fi
 done
 if [[ $dry_run == yes ]]; then echo wait && exit; fi
-status=0
-for process in "${others[@]}"; do
-    until wait "$process"; do
-        ended=$?
-        kill -0 "$process" 2> /dev/null && continue # the wait was cut short by a signal
-        ((status)) || status=$ended
-        break
+# One that has failed the others would wait for: they have ten seconds to end by themselves.
+status=0 patience=50
+while ((${#others[@]})); do
+    left=()
+    for process in "${others[@]}"; do
+        if kill -0 "$process" 2> /dev/null; then
+            left+=("$process")
+        else
+            ended=0
+            wait "$process" || ended=$?
+            ((status)) || status=$ended
+        fi
     done
+    others=(${left[@]+"${left[@]}"})
+    if ((status && ${#others[@]} && --patience == 0)); then kill -TERM "${others[@]}" 2> /dev/null || true; fi
+    sleep 0.2
 done
 exit "$status"

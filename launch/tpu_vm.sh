@@ -182,7 +182,12 @@ start() {
 
 train() {
     local status now
-    [[ $SPOT == no || " $* " == *" --workdir=gs://"* ]] || fail '--workdir is not on gs://: SPOT=yes would lose the run'
+    if [[ " $* " != *" --workdir=gs://"* ]]; then
+        [[ $SPOT == no ]] || fail '--workdir is not on gs://: SPOT=yes would lose the run'
+        local chips=${TYPE##*-}
+        [[ ! $chips =~ ^[0-9]+$ ]] || ((chips <= 8)) ||
+            fail "--workdir is not on gs://: the hosts of $TYPE share no other folder"
+    fi
     ask
     while :; do
         status=0

@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -162,7 +163,7 @@ def test_a_folder_of_ones_own_is_found_out(second, tmp_path):
     second(same, "null", same, json.dumps(["host 1 (b)", "--workdir=run is another folder than host 0's"]))
     with pytest.raises(UserError, match="is another folder than host 0's"):
         distributed.check_shared(epath.Path(tmp_path))
-    assert not list(tmp_path.iterdir())
+    assert not tmp_path.exists()  # it was empty
 
 
 def test_the_code_is_known_by_its_files_and_libraries():
@@ -228,6 +229,35 @@ def test_a_process_that_reaches_nobody_says_so(monkeypatch):
         UserError, match=r"^--coordinator=a:1: .*\(DEADLINE_EXCEEDED: nobody there\): start all of them, with"
     ):
         distributed.start(Cluster("a:1", 2, 0))
+
+
+def test_a_port_that_another_run_listens_on_is_refused():
+    with socket.create_server(("localhost", 0)) as taken:
+        where = f"localhost:{taken.getsockname()[1]}"
+        with pytest.raises(UserError, match=rf"^--coordinator={where}: Address already in use: .* name another port"):
+            distributed.start(Cluster(where, 2, 0))
+    distributed.check_port(where)
+
+
+@pytest.mark.parametrize(
+    ("this", "told", "message"),
+    [
+        (0, {"1": "2", "2": "2"}, r"^process 0 was told --processes=3, process 1 --processes=2: all need the same$"),
+        (2, {"0": "2"}, r"^process 2 was told --processes=3, process 0 --processes=2: all need the same$"),
+    ],
+)
+def test_processes_that_were_told_different_numbers_find_out(monkeypatch, this, told, message):
+    class Store:
+        def key_value_set(self, key, value):
+            assert (key, value) == (f"convattn/processes/{this}", "3")
+
+        def blocking_key_value_get(self, key, _):
+            return told[key.removeprefix("convattn/processes/")]
+
+    monkeypatch.setattr(distributed.runtime.global_state, "client", Store())
+    monkeypatch.setattr(distributed.jax, "process_index", lambda: this)
+    with pytest.raises(UserError, match=message):
+        distributed._check_count(3)
 
 
 IMPATIENT = """

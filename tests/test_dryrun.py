@@ -166,9 +166,7 @@ def test_chips_are_of_a_dry_run():
 
 def test_without_their_compiler_it_says_how_to_get_it(tmp_path, monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(
-        UserError, match=r"^mesh\.chips=v5e:4x4 needs libtpu, which needs no TPU: pip install -e '\.\[tpu\]'"
-    ):
+    with pytest.raises(UserError, match=r"^mesh\.chips=v5e:4x4 needs libtpu, .* pip install -e '\.\[tpu\]', best"):
         on_chips(tmp_path, "v5e:4x4")
 
 

@@ -107,6 +107,12 @@ def test_what_is_missing_is_one_line(stage, script):
         ("tpu_vm.sh", ["create"], {"ZONE": "z"}, "TYPE is not set"),
         ("tpu_vm.sh", ["launch"], TPU, "launch is no step"),
         ("tpu_vm.sh", ["train", "--config=x", "--workdir=runs/x"], TPU | {"SPOT": "yes"}, "--workdir is not on gs://"),
+        (
+            "tpu_vm.sh",
+            ["train", "--config=x"],
+            TPU | {"SPOT": "no"},
+            "--workdir is not on gs://: the hosts of v5litepod-16",
+        ),
         ("gke.sh", ["run", *ARGUMENTS], {"IMAGE": "i", "TYPE": "t"}, "TOPOLOGY is not set"),
         ("gke.sh", ["run", *ARGUMENTS], GKE | {"TOPOLOGY": "16"}, "TOPOLOGY=16 is none"),
         ("gke.sh", ["run", *ARGUMENTS], GKE | {"CHIPS": "5"}, "TOPOLOGY=4x4 has 16 chips"),
@@ -119,6 +125,7 @@ def test_what_is_missing_is_one_line(stage, script):
         ("local.sh", ["--config=x"], {"PROCESSES": "abc"}, "PROCESSES=abc must be a whole number from 1 on"),
         ("local.sh", ["--config=x"], {"DEVICES": "08"}, "DEVICES=08 must be a whole number from 1 on"),
         ("local.sh", ["--config=x"], {"PORT": "99999"}, "PORT=99999 is above 65535"),
+        ("local.sh", ["--dryrun", "--config=x"], {}, "--dryrun is no option; did you mean --dry-run?"),
         ("local.sh", ["--config=x"], {"EXTRAS": "cuda]"}, "EXTRAS=cuda] has a character that no name has"),
         ("local.sh", ["--workdir=x"], {}, "what is to be run?"),
         ("slurm.sbatch", ["--workdir=x"], {}, "what is to be run?"),
@@ -327,7 +334,25 @@ def test_several_processes_are_told_who_they_are_and_one_that_fails_fails_all(st
     said = stage.run([clone], *ARGUMENTS, PROCESSES="3", PORT="999")
     assert said.returncode == 5
     words = ["-m", "convattn_jax.main", *ARGUMENTS, "--coordinator=localhost:999", "--processes=3"]
-    assert sorted(stage.calls()) == [("python", *words, f"--process={i}") for i in range(3)]
+    assert sorted(stage.calls("python")) == [("python", *words, f"--process={i}") for i in range(3)]
+
+
+def test_each_run_meets_at_a_port_of_its_own(stage, clone):
+    for _ in range(2):
+        assert stage.run([clone], *ARGUMENTS, PROCESSES="2").returncode == 0
+    ports = [
+        word.rpartition(":")[2] for call in stage.calls("python") for word in call if word.startswith("--coordinator=")
+    ]
+    assert len(ports) == 4
+    assert all(20_000 <= int(port) < 32_000 for port in ports)
+    assert len(set(ports)) == 2  # but for one time in 12,000
+
+
+def test_processes_that_wait_for_one_that_has_failed_are_stopped(stage, clone):
+    stage.plan(runs=["wait", 2])
+    assert stage.run([clone], *ARGUMENTS, PROCESSES="2").returncode == 2
+    assert stage.calls("sleep").count(("sleep", "0.2")) >= 50  # it had ten seconds to end by itself
+    assert (stage.folder / "saved").read_text() == "saved\n"
 
 
 def test_processes_told_to_stop_all_save(stage, clone):
