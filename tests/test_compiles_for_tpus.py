@@ -3,7 +3,7 @@
 Slow, and only where libtpu is installed (pip install -e '.[tpu]'): python -m pytest -n 0 -m slow -k compiles_for_tpus
 """
 
-import importlib
+import importlib.util
 import os
 import pathlib
 import subprocess
