@@ -10,26 +10,19 @@ import tiny
 
 from convattn_jax.collectives import collectives
 from convattn_jax.glue.training import Trainer
+from convattn_jax.kernels import attend, choice
 from convattn_jax.kernels.composite import composite_attention
 from convattn_jax.model.classifier import SequenceClassifier
 from convattn_jax.model.operations import PLAIN
 
 
-def fused(qkv, score, query_segments, key_segments, dropout_rate, seed, rows=None, heads=None):
-    """The fused kernel's attention, its body run on the CPU."""
-    return composite_attention(
-        qkv,
-        fixed=score.fixed,
-        dynamic_query=score.dynamic_query,
-        query_segments=query_segments,
-        key_segments=key_segments,
-        dropout_rate=dropout_rate,
-        dropout_seed=seed,
-        rows=rows,
-        heads=heads,
-        interpret=True,
-    )
+def fused(*args):
+    """The attention of GPUs, the kernel's body run on the CPU."""
+    with choice.compiling_for("gpu"):
+        return attend.attend_by("pallas_gpu")(*args)
 
+
+attend._fused = lambda name: functools.partial(composite_attention, interpret=True)
 
 # seeds, attention, and how many seeds and rows of a batch of four each device has
 CASES = [
@@ -44,8 +37,8 @@ def main(path: str) -> None:
     """Raises where four devices disagree with one; the file holds its logits, parameters and mean gradients."""
     assert jax.device_count() == 4
     one = np.load(path)
-    for seeds, attend, seeds_each, rows_each in CASES:
-        operations = PLAIN._replace(attend=functools.partial(noted, attend, seen := set()))
+    for seeds, attention, seeds_each, rows_each in CASES:
+        operations = PLAIN._replace(attend=functools.partial(noted, attention, seen := set()))
         trainer = Trainer(SequenceClassifier(tiny.model_config(layers=1), toy.SIZE, operations, classes=3))
         state, _ = toy.train(trainer, seeds, [toy.fresh_encoder(trainer.model)])
         shards = state.params["classifier"]["kernel"].addressable_shards
@@ -56,7 +49,7 @@ def main(path: str) -> None:
         assert (sent < 100) == (rows_each == 4), sent  # seeds apart tell nothing but their losses
         common = min(len(seeds), 3)
         # Adam divides by a gradient's size: near 0 two forms of attention end apart there, but not in their gradients
-        exact = {"params": (state.params, toy.TOLERANCE)} if attend is PLAIN.attend else {}
+        exact = {"params": (state.params, toy.TOLERANCE)} if attention is PLAIN.attend else {}
         for name, (tree, tolerance) in (exact | {"mean": (state.opt_state[1].mu, toy.OF_MEANS)}).items():
             for i, leaf in enumerate(jax.tree.leaves(tree)):
                 np.testing.assert_allclose(one[f"{name}{i}"][:common], leaf[:common], **tolerance, err_msg=name)
@@ -67,10 +60,10 @@ def main(path: str) -> None:
             np.testing.assert_array_equal(a[common - 1], b)
 
 
-def noted(attend, seen, qkv, *rest):
+def noted(attention, seen, qkv, *rest):
     """Attention that notes for how many rows it was asked."""
     seen.add(jax.tree.leaves(qkv)[0].shape[0])
-    return attend(qkv, *rest)
+    return attention(qkv, *rest)
 
 
 if __name__ == "__main__":

@@ -31,6 +31,15 @@ EVALUATION_BATCH = 128
 Params = Any
 
 
+class Found(NamedTuple):
+    """What a run folder holds of a task, and the room there is."""
+
+    ended: list[int]  # its finished seeds
+    starts: list[int]  # those of the task that it starts from
+    begun: dict[str, Any]  # the group that is under way
+    capacity: int | None  # bytes of a device
+
+
 class TaskRun:
     """One task: what is trained, where its seeds start, what they leave behind."""
 
@@ -69,7 +78,7 @@ class TaskRun:
         ended = self._found().ended
         return [seed for seed in self.c.seeds_of(self.task) if seed not in ended]
 
-    def _found(self) -> "Found":
+    def _found(self) -> Found:
         """What the folder holds, as the first process sees it: to others a shared one may look old for a while."""
 
         def look() -> list[Any]:
@@ -80,7 +89,7 @@ class TaskRun:
 
         return Found(*distributed.from_first(look))
 
-    def _groups(self, found: "Found") -> list[list[int]]:
+    def _groups(self, found: Found) -> list[list[int]]:
         """The seeds that are missing, those together that train together."""
         asked, before = self.c.seeds_of(self.task), found.begun.get("seeds", [])
         missing = [seed for seed in asked if seed not in found.ended]
@@ -92,7 +101,7 @@ class TaskRun:
         together = self.c.together or seeds_that_fit(one, most, found.capacity, jax.device_count())
         return unfinished.groups(missing, together, before)
 
-    def _group(self, seeds: Sequence[int], found: "Found") -> dict[str, Any]:
+    def _group(self, seeds: Sequence[int], found: Found) -> dict[str, Any]:
         """What decides about the numbers that seeds end with, when they train together."""
         starts = [self._start_of(seed, found) for seed in seeds]
         head = self.trainer.model.classes  # in the states that are saved
@@ -119,7 +128,7 @@ class TaskRun:
     def _train_lengths(self, epoch: int) -> np.ndarray:
         return lengths_of(self.data.train(epoch))
 
-    def _train(self, seeds: Sequence[int], found: "Found") -> None:
+    def _train(self, seeds: Sequence[int], found: Found) -> None:
         began = time.perf_counter()
         steps, name = self.schedule.steps, f"{self.task.name} x {len(seeds)}"
         distributed.from_first(lambda: unfinished.begin(self.folder, self.task, self._group(seeds, found)))
@@ -170,7 +179,7 @@ class TaskRun:
         if progress.stopped:
             raise Interrupted(f"{name} seeds are finished, stopped there: the same command goes on", stop.status)
 
-    def _leave(self, seeds: Sequence[int], params: Params, ended: Sequence[dict[str, Any]], found: "Found") -> None:
+    def _leave(self, seeds: Sequence[int], params: Params, ended: Sequence[dict[str, Any]], found: Found) -> None:
         """Saves what the seeds ended with, the best one first, and parameters where they are kept."""
         metrics = [one["metrics"] for one in ended]
         for i in distributed.from_first(lambda: finished.best_first(self.task, metrics)):
@@ -180,11 +189,11 @@ class TaskRun:
             distributed.from_first(lambda what=what: finished.save(self.folder, self.task, *what))
         distributed.from_first(lambda: unfinished.end(self.folder, self.task))
 
-    def _start_of(self, seed: int, found: "Found") -> str:
+    def _start_of(self, seed: int, found: Found) -> str:
         """The task whose encoder a seed starts from, '' for pre-training."""
         return self.task.starts_from if seed in found.starts else ""
 
-    def _say_starts(self, missing: Sequence[int], found: "Found") -> None:
+    def _say_starts(self, missing: Sequence[int], found: Found) -> None:
         name, source = self.task.name, self.task.starts_from
         fresh = [seed for seed in missing if self._start_of(seed, found) != source]
         if fresh:
@@ -201,7 +210,7 @@ class TaskRun:
                 f"delete {self.folder.path / 'tasks' / name}"
             )
 
-    def _encoders(self, seeds: Sequence[int], found: "Found") -> list[Params]:
+    def _encoders(self, seeds: Sequence[int], found: Found) -> list[Params]:
         """The pre-trained encoder, or for each seed where it starts."""
         starts = [self._start_of(seed, found) for seed in seeds]
         if not any(starts):
@@ -267,15 +276,6 @@ class TaskRun:
 
         best, todo = distributed.from_first(look)
         return best, [((task, split), digest) for task, split, digest in todo]
-
-
-class Found(NamedTuple):
-    """What a run folder holds of a task, and the room there is."""
-
-    ended: list[int]  # its finished seeds
-    starts: list[int]  # those of the task that it starts from
-    begun: dict[str, Any]  # the group that is under way
-    capacity: int | None  # bytes of a device
 
 
 def step_of(state: TrainState) -> int:
