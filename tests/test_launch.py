@@ -351,7 +351,7 @@ def test_each_run_meets_at_a_port_of_its_own(stage, clone):
 def test_processes_that_wait_for_one_that_has_failed_are_stopped(stage, clone):
     stage.plan(runs=["wait", 2])
     assert stage.run([clone], *ARGUMENTS, PROCESSES="2").returncode == 2
-    assert stage.calls("sleep").count(("sleep", "0.2")) >= 50  # it had ten seconds to end by itself
+    assert 50 <= stage.calls("sleep").count(("sleep", "0.2")) < 500  # it had ten seconds to end by itself
     assert (stage.folder / "saved").read_text() == "saved\n"
 
 
