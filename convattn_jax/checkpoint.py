@@ -181,6 +181,8 @@ def unwritten(folder: epath.Path, failure: BaseException) -> UserError:
     """What to tell of a save that failed."""
     if isinstance(failure, UserError):  # which says it already
         return failure
+    if alone := distributed.alone(failure):
+        return alone
     said = " ".join(str(failure).split()) or type(failure).__name__
     text = full_disk.reason(failure) or said[:300]  # TensorStore says it at great length
     remedy = bucket.LOGIN if bucket.in_a_bucket(folder) else "make room there"

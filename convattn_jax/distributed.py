@@ -14,6 +14,7 @@ import itertools
 import json
 import os
 import pathlib
+import re
 import socket
 import sys
 import threading
@@ -26,7 +27,7 @@ import numpy as np
 from etils import epath
 from jax._src import distributed as runtime  # its key-value store has no public name
 
-from convattn_jax.config import Cluster, UserError, check
+from convattn_jax.config import AloneError, Cluster, UserError, check
 
 T = TypeVar("T")
 
@@ -36,6 +37,8 @@ PATIENCE = 7 * 24 * 3600 * 1000  # ms; a host that has died ends the wait by its
 JOIN_SECONDS = 300  # in which all processes have to come
 ALL = "start all of them, with the same address and number of processes"
 QUIET_SECONDS = 10  # of waiting for them, before that is said
+# What collectives say, and those who wait for another process to have written its part, when it is gone.
+GONE = re.compile(r"gloo|nccl|connection (reset|closed|refused)|remote process|timed out while waiting|barrier", re.I)
 _turn = itertools.count()
 
 
@@ -115,6 +118,17 @@ def _check_count(processes: int) -> None:
             int(told) == processes,
             f"process {this} was told --processes={processes}, process {other} --processes={told}: all need the same",
         )
+
+
+def alone(error: BaseException) -> AloneError | None:
+    """What to tell of an error that comes of another process's end; None of any other, and of a single process's."""
+    if jax.process_count() == 1 or not GONE.search(str(error)):
+        return None
+    reason = " ".join(str(error).split())[:200]
+    return AloneError(
+        f"another process is gone, or its network ({reason}): the same command in all processes goes on from the last "
+        "checkpoint"
+    )
 
 
 def check_devices() -> None:

@@ -9,18 +9,17 @@ import contextlib
 import dataclasses
 import faulthandler
 import math
-import re
 import time
 from collections.abc import Iterator
 from typing import Protocol, runtime_checkable
 
 import jax
 
-from convattn_jax.config import AloneError, check
+from convattn_jax import distributed
+from convattn_jax.config import check
 
 COMPILING = 10  # times as long may pass where a program is compiled first
 LEAVING = 30  # seconds that a process that has failed waits for the others to leave in good order
-LOST = re.compile(r"gloo|nccl|connection (reset|closed|refused)|remote process", re.IGNORECASE)  # of failed collectives
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,11 +75,7 @@ def watched(frozen_seconds: int) -> Iterator[Alive]:
         yield alive
     except BaseException as error:
         faulthandler.dump_traceback_later(LEAVING, exit=True)
-        if isinstance(error, jax.errors.JaxRuntimeError) and LOST.search(str(error)):
-            reason = " ".join(str(error).split())[:200]
-            raise AloneError(
-                f"another process is gone, or its network ({reason}): the same command in all processes goes on from "
-                "the last checkpoint"
-            ) from error
+        if isinstance(error, jax.errors.JaxRuntimeError) and (alone := distributed.alone(error)):
+            raise alone from error
         raise
     faulthandler.cancel_dump_traceback_later()

@@ -2,6 +2,7 @@
 
 import os
 import pathlib
+import re
 import signal
 import subprocess
 import sys
@@ -72,7 +73,7 @@ def test_the_others_leave_when_one_is(home, tmp_path, fault):
         lost.communicate()
     assert staying.returncode != 0
     if fault == signal.SIGKILL:
-        assert "Traceback (most recent call last)" not in said
+        assert not re.search(r'main\.py", line \d+, in', said)  # of Orbax's threads alone there may be tracebacks
     if fault == signal.SIGKILL and "Fatal Python error" not in said:  # which is the runtime's, if it is first to notice
         [line] = [line for line in said.splitlines() if line.startswith("error: ")]
         assert "another process is gone, or its network (" in line
